@@ -1,0 +1,167 @@
+"""Which backend runs an op, and for each that cannot, every reason why.
+
+Three backends exist: ``reference`` (plain PyTorch, any device), ``cpu`` (the compiled C++ core) and ``triton``
+(CUDA). By default CPU tensors take ``cpu`` when the core is there, CUDA tensors take ``triton``, and everything
+else takes ``reference``. `use_backend` or the environment variable ``PIXNERD_BACKEND`` forces one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton")
+
+#: Ops with a compiled CPU kernel; every op has a reference.
+CPU_OPS = frozenset({"neural_field_mlp", "coordinate_encoding", "normalize_weights"})
+#: Ops with a Triton kernel: none is written yet.
+TRITON_OPS: frozenset[str] = frozenset()
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _from_environment() -> str:
+    name = os.environ.get("PIXNERD_BACKEND", "")
+    return _checked(name, "PIXNERD_BACKEND") if name else ""
+
+
+# A plain global and no ContextVar: torch.compile reads it as a constant guarded against change, so that a
+# forced backend is part of the compiled graph, backward included.
+_forced: str = _from_environment()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every op called inside the block onto one backend.
+
+    Args:
+        name: ``"reference"``, ``"cpu"`` or ``"triton"``.
+
+    The choice holds for the whole process while the block is open (all threads), and the backward of an op
+    runs on the backend that its forward took, also after the block. An op that cannot run on the forced
+    backend raises ``NotImplementedError`` with every reason.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    global _forced
+    previous = _forced
+    _forced = _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def forced_backend() -> str:
+    """The name of the forced backend, or an empty string when each op chooses for itself."""
+    return _forced
+
+
+@functools.cache
+def _load_native() -> tuple[ModuleType | None, str]:
+    """The compiled core and an empty string, or None and the reason why it is not there."""
+    if _flag("PIXNERD_SKIP_NATIVE"):
+        return None, "PIXNERD_SKIP_NATIVE is set"
+    try:
+        return importlib.import_module("pixnerd_kernels._native"), ""
+    except Exception as error:
+        note = Path(__file__).with_name("_native_missing.txt")
+        if isinstance(error, ModuleNotFoundError) and note.exists():
+            return None, f"it was not built: {note.read_text().strip()}"
+        return None, f"importing pixnerd_kernels._native failed: {type(error).__name__}: {error}"
+
+
+def native() -> ModuleType:
+    """The compiled core, with its thread count set to torch's.
+
+    Raises:
+        NotImplementedError: the core is not there; the message says why.
+    """
+    module, reason = _load_native()
+    if module is None:
+        raise NotImplementedError(f"the compiled CPU core is not available: {reason}")
+    return module
+
+
+@functools.cache
+def _warn_missing_core(reason: str) -> None:
+    warnings.warn(
+        f"pixnerd_kernels runs on the slow PyTorch reference because the compiled CPU core is not available: "
+        f"{reason}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _triton_reasons(op: str, device: torch.device) -> list[str]:
+    reasons = []
+    if op not in TRITON_OPS:
+        reasons.append(f"no Triton kernel is written for {op} yet")
+    if device.type != "cuda":
+        reasons.append(f"it needs CUDA tensors, the inputs are on {device}")
+    if not torch.cuda.is_available():
+        reasons.append("torch sees no CUDA device")
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    return reasons
+
+
+def not_supported_reasons(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[str]:
+    """Every reason why `op` cannot run on `backend` for tensors of this device and dtype; empty if it can."""
+    reasons: list[str] = []
+    if dtype not in _FLOATS:
+        reasons.append(f"{dtype} is not one of float32, float64, bfloat16, float16")
+    if backend == "triton":
+        reasons += _triton_reasons(op, device)
+    elif backend == "cpu":
+        if op not in CPU_OPS:
+            reasons.append(f"no CPU kernel is written for {op}")
+        if device.type != "cpu":
+            reasons.append(f"it needs CPU tensors, the inputs are on {device}")
+        _, missing = _load_native()
+        if missing:
+            reasons.append(f"the compiled CPU core is not available: {missing}")
+    return reasons
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> str:
+    """The backend that runs `op` for these tensors: the forced one, or the best that can.
+
+    Raises:
+        NotImplementedError: the forced backend cannot run; the message lists every reason.
+    """
+    if forced:
+        if reasons := not_supported_reasons(op, forced, device, dtype):
+            lines = "\n".join(f"  - {reason}" for reason in reasons)
+            raise NotImplementedError(f"{op} cannot run on the forced backend {forced!r}:\n{lines}")
+        return forced
+    if device.type == "cpu" and op in CPU_OPS:
+        _, missing = _load_native()
+        if not missing:
+            return "cpu"
+        _warn_missing_core(missing)
+    elif device.type == "cuda" and op in TRITON_OPS and not _triton_reasons(op, device):
+        return "triton"
+    return "reference"

@@ -1,0 +1,94 @@
+"""Column normalisation of generated weights, for those who want that piece of `neural_field_mlp` alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels import backends
+from pixnerd_kernels.checks import FLOATS, Problems
+from pixnerd_kernels.ops.library import register, register_autograd
+from pixnerd_kernels.ops.normalize_weights import reference
+
+
+def normalize_weights(w: Tensor, dim: int = -2, eps: float = 1e-12) -> Tensor:
+    """w / max(||w||, eps), with the L2 norm taken over `dim`; the same as torch.nn.functional.normalize.
+
+    Args:
+        w: floating tensor of any rank from 1.
+        dim: the dimension that each norm sums over; -2 normalises the columns of [..., rows, columns].
+        eps: lower bound of the norm, in w's units.
+
+    Returns:
+        A contiguous tensor of w's shape and dtype. float32 and float64 accumulate in their own dtype, bfloat16 and
+        float16 in float32. Saved for backward: w. Differentiating twice raises RuntimeError.
+
+    Raises:
+        TypeError, ValueError: every problem with the arguments at once.
+        NotImplementedError: a forced backend (`use_backend`) cannot run; lists every reason.
+    """
+    problems = Problems("normalize_weights")
+    rank = w.dim() if isinstance(w, Tensor) else 0
+    if not isinstance(w, Tensor) or w.dtype not in FLOATS:
+        problems.add_type("w", "a float32, float64, bfloat16 or float16 tensor", w)
+    elif rank == 0:
+        problems.add("w", "at least one dimension", w)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        problems.add_type("dim", "an integer", dim)
+    elif rank and not -rank <= dim < rank:
+        problems.add("dim", f"a dimension of w, {-rank} to {rank - 1}", dim)
+    problems.number("eps", eps)
+    problems.raise_if_any()
+    out: Tensor = torch.ops.pixnerd.normalize_weights(w, dim % rank, eps, backends.forced_backend())
+    return out
+
+
+def _backend(w: Tensor, forced: str) -> Any:
+    """The module whose forward and backward run the op."""
+    if backends.select("normalize_weights", w.device, w.dtype, forced) == "cpu":
+        from pixnerd_kernels.ops.normalize_weights import cpu
+
+        return cpu
+    return reference
+
+
+def _forward(w: Tensor, dim: int, eps: float, forced: str) -> Tensor:
+    out: Tensor = _backend(w, forced).forward(w, dim, eps)
+    return out
+
+
+def _backward(grad: Tensor, w: Tensor, dim: int, eps: float, forced: str) -> Tensor:
+    out: Tensor = _backend(w, forced).backward(grad, w, dim, eps)
+    return out
+
+
+register(
+    "normalize_weights(Tensor w, int dim, float eps, str forced) -> Tensor",
+    _forward,
+    lambda w, dim, eps, forced: torch.empty_like(w, memory_format=torch.contiguous_format),
+)
+register(
+    "normalize_weights_backward(Tensor grad, Tensor w, int dim, float eps, str forced) -> Tensor",
+    _backward,
+    lambda grad, w, dim, eps, forced: torch.empty_like(w, memory_format=torch.contiguous_format),
+)
+
+
+class _NormalizeWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, dim, eps, forced):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(w)
+        ctx.options = (dim, eps, forced)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.pixnerd.normalize_weights(w, dim, eps, forced)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (w,) = ctx.saved_tensors
+        return torch.ops.pixnerd.normalize_weights_backward(grad, w, *ctx.options), None, None, None
+
+
+register_autograd("normalize_weights", _NormalizeWeights.apply)
