@@ -1,0 +1,221 @@
+// Vectors of the instruction set that the including file is compiled for, on the compiler's vector extensions.
+//
+// Kernel files are compiled once per instruction set, so everything here lives in a namespace of that set's name:
+// the linker must never merge two versions of one inline function. For the same reason these headers call no
+// inline function of the standard library.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dtype.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef PIXNERD_ISA
+#error "PIXNERD_ISA names the instruction set that this file is compiled for"
+#endif
+
+#define PIXNERD_INLINE inline __attribute__((always_inline))
+
+namespace pixnerd::PIXNERD_ISA {
+
+#if defined(PIXNERD_ISA_AVX512)
+inline constexpr int kVectorBytes = 64;
+#elif defined(PIXNERD_ISA_AVX2)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class T, int Bytes = kVectorBytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(Bytes)));
+  // Loads and stores need not be aligned, and may alias other types.
+  typedef T unaligned __attribute__((vector_size(Bytes), aligned(1), may_alias));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+using VecI = typename VectorOf<std::int32_t>::type;
+using VecU = typename VectorOf<std::uint32_t>::type;
+
+// Lanes of a vector of T.
+template <class T>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+PIXNERD_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+template <class T>
+PIXNERD_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+template <class T>
+PIXNERD_INLINE Vec<T> broadcast(T value) {
+  return value - Vec<T>{};
+}
+template <class T>
+PIXNERD_INLINE T sum(Vec<T> v) {
+  T total = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) total += v[i];
+  return total;
+}
+
+// exp(x), relative error below 2 units in the last place. Arguments are clamped to where the result is a normal
+// number: exp(x) saturates at about 1e-38 and 3e38. NaN stays NaN.
+PIXNERD_INLINE Vec<float> exp(Vec<float> x) {
+  x = x < -87.0f ? broadcast(-87.0f) : x;
+  x = x > 88.0f ? broadcast(88.0f) : x;
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low mantissa bits.
+  const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;
+  const Vec<float> n = shifted - 12582912.0f;
+  Vec<float> r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  // exp(r) on |r| <= ln(2) / 2 by its Taylor series to r^7 (remainder 5e-9 relative).
+  Vec<float> p = broadcast(1.0f / 5040.0f);
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<VecU>(p) + (reinterpret_cast<VecU>(shifted) << 23));
+}
+PIXNERD_INLINE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+template <class T>
+PIXNERD_INLINE Vec<T> sigmoid(Vec<T> x) {
+  return T(1) / (T(1) + exp(-x));
+}
+
+template <class T>
+PIXNERD_INLINE T square_root(T x) {
+  if constexpr (sizeof(T) == 4) {
+    return __builtin_sqrtf(x);
+  } else {
+    return __builtin_sqrt(x);
+  }
+}
+
+// Scalar conversions. The half types are stored as their bits.
+PIXNERD_INLINE float from_bits(std::uint32_t bits) { return __builtin_bit_cast(float, bits); }
+PIXNERD_INLINE std::uint32_t to_bits(float value) { return __builtin_bit_cast(std::uint32_t, value); }
+
+PIXNERD_INLINE float bfloat16_to_float(std::uint16_t h) { return from_bits(static_cast<std::uint32_t>(h) << 16); }
+PIXNERD_INLINE std::uint16_t float_to_bfloat16(float value) {
+  const std::uint32_t bits = to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+PIXNERD_INLINE float float16_to_float(std::uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
+  const std::uint32_t rest = h & 0x7fffu;
+  if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | ((rest & 0x3ffu) << 13) | (rest > 0x7c00u ? 0x400000u : 0u));
+  // Scaling by 2^112 moves the exponent's bias from 15 to 127, for subnormal numbers too.
+  return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
+#endif
+}
+PIXNERD_INLINE std::uint16_t float_to_float16(float value) {
+#if defined(__F16C__)
+  return static_cast<std::uint16_t>(_cvtss_sh(value, 0));
+#else
+  const std::uint32_t bits = to_bits(value);
+  const std::uint16_t sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
+  const std::uint32_t rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+  if (rest >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
+  if (rest < 0x38800000u) {
+    // Subnormal: adding 0.5 leaves the value in units of 2^-24, rounded to even, in the low mantissa bits.
+    return static_cast<std::uint16_t>(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000u));
+  }
+  return static_cast<std::uint16_t>(sign | ((rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13));
+#endif
+}
+
+// One vector of floats from and to 16-bit elements.
+typedef VectorOf<std::uint16_t, kVectorBytes / 2>::unaligned HalfBits;
+
+PIXNERD_INLINE Vec<float> load_bfloat16(const std::uint16_t* p) {
+  const auto bits = __builtin_convertvector(*reinterpret_cast<const HalfBits*>(p), VecU);
+  return reinterpret_cast<Vec<float>>(bits << 16);
+}
+PIXNERD_INLINE void store_bfloat16(std::uint16_t* p, Vec<float> v) {
+  const VecU bits = reinterpret_cast<VecU>(v);
+  VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = (bits & 0x7fffffffu) > 0x7f800000u ? VecU{} + 0x7fc0u : rounded;
+  *reinterpret_cast<HalfBits*>(p) = __builtin_convertvector(rounded, VectorOf<std::uint16_t, kVectorBytes / 2>::type);
+}
+PIXNERD_INLINE Vec<float> load_float16(const std::uint16_t* p) {
+#if defined(PIXNERD_ISA_AVX512)
+  return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(PIXNERD_ISA_AVX2)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = float16_to_float(p[i]);
+  return v;
+#endif
+}
+PIXNERD_INLINE void store_float16(std::uint16_t* p, Vec<float> v) {
+#if defined(PIXNERD_ISA_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
+#elif defined(PIXNERD_ISA_AVX2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = float_to_float16(v[i]);
+#endif
+}
+
+// How elements of a stored type S (double, float, or bits of a 16-bit type) become numbers of type T and back.
+template <class T>
+struct Native {
+  using Stored = T;
+  PIXNERD_INLINE static Vec<T> load_vector(const T* p) { return load<T>(p); }
+  PIXNERD_INLINE static void store_vector(T* p, Vec<T> v) { store<T>(p, v); }
+  PIXNERD_INLINE static T get(const T* p) { return *p; }
+  PIXNERD_INLINE static void put(T* p, T v) { *p = v; }
+};
+struct BFloat16 {
+  using Stored = std::uint16_t;
+  PIXNERD_INLINE static Vec<float> load_vector(const Stored* p) { return load_bfloat16(p); }
+  PIXNERD_INLINE static void store_vector(Stored* p, Vec<float> v) { store_bfloat16(p, v); }
+  PIXNERD_INLINE static float get(const Stored* p) { return bfloat16_to_float(*p); }
+  PIXNERD_INLINE static void put(Stored* p, float v) { *p = float_to_bfloat16(v); }
+};
+struct Float16 {
+  using Stored = std::uint16_t;
+  PIXNERD_INLINE static Vec<float> load_vector(const Stored* p) { return load_float16(p); }
+  PIXNERD_INLINE static void store_vector(Stored* p, Vec<float> v) { store_float16(p, v); }
+  PIXNERD_INLINE static float get(const Stored* p) { return float16_to_float(*p); }
+  PIXNERD_INLINE static void put(Stored* p, float v) { *p = float_to_float16(v); }
+};
+
+// Call function(Storage{}) for the storage that dtype names; T is the type computed in.
+template <class T, class Function>
+PIXNERD_INLINE void with_storage(DType dtype, Function&& function) {
+  if constexpr (sizeof(T) == 8) {
+    function(Native<double>{});
+  } else {
+    switch (dtype) {
+      case DType::kBFloat16:
+        return function(BFloat16{});
+      case DType::kFloat16:
+        return function(Float16{});
+      default:
+        return function(Native<float>{});
+    }
+  }
+}
+
+}  // namespace pixnerd::PIXNERD_ISA
