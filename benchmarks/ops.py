@@ -1,0 +1,194 @@
+"""Time and memory of each op: eager PyTorch, torch.compile and ours, checked against float64 first."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import breakdown, plot, provenance, tables
+from benchmarks.providers import PROVIDERS, select_providers
+from benchmarks.registry import Case, select_cases
+from benchmarks.timing import QUICK, Budget
+from benchmarks.worker import Job
+
+#: Above every block that the cases allocate, so that glibc keeps and reuses freed pages.
+_NEVER = str(4 << 30)
+MALLOC: dict[str, dict[str, str]] = {
+    "default": {},
+    "tuned": {"MALLOC_MMAP_THRESHOLD_": _NEVER, "MALLOC_TRIM_THRESHOLD_": _NEVER},
+}
+ISAS = ("portable", "avx2", "avx512")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--case", nargs="+", default=[], metavar="NAME", help="cases, ops or shell patterns; default: all")
+    add("--provider", nargs="+", default=[], metavar="NAME", help="eager, compile, ours; default: all")
+    add(
+        "--accept",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="time these baselines even where they miss the accuracy rule, and mark them inexact",
+    )
+    add(
+        "--malloc",
+        choices=[*MALLOC, "both"],
+        help="default: both for the headline cases, default for the rest",
+    )
+    add("--size", choices=["full", "smoke"], default="full", help="smoke: tiny shapes, to see that it works")
+    add("--quick", action="store_true", help="few rounds, and no resident-set measurement")
+    add("--threads", type=_positive, help="threads of torch and of the core; default: torch's")
+    add("--isa", choices=ISAS, help="the core's instruction set; default: the best that this CPU has")
+    add("--profile", action="store_true", help="break the plain block's time down into pieces")
+    add("--json", type=Path, metavar="FILE", help="write the results, after every case")
+    add("--markdown", type=Path, metavar="FILE", help="write a Markdown table")
+    add("--plot", type=Path, metavar="FILE", help="write a bar chart (PNG)")
+    add("--out", type=Path, metavar="DIR", help="all three: ops.json, ops.md and ops.png in DIR")
+    add("--list", action="store_true", help="list the cases and stop")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure what was asked for, each case in a process of its own."""
+    try:
+        cases, providers = select_cases(arguments.case), select_providers(arguments.provider)
+        if "ours" in arguments.accept or any(name not in PROVIDERS for name in arguments.accept):
+            baselines = ", ".join(name for name in PROVIDERS if name != "ours")
+            raise ValueError(f"--accept: expected baselines ({baselines}), got {', '.join(arguments.accept)}")
+        _set_isa(arguments.isa)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.out:
+        for name, file in (("json", "ops.json"), ("markdown", "ops.md"), ("plot", "ops.png")):
+            setattr(arguments, name, getattr(arguments, name) or arguments.out / file)
+    jobs = _jobs(arguments, cases, providers)
+    document: dict[str, Any] = {
+        "schema": 1,
+        "provenance": provenance.collect(sys.argv[1:]),
+        "interrupted": False,
+        "results": [],
+    }
+    print(provenance.summary(document["provenance"]), flush=True)
+    try:
+        for index, job in enumerate(jobs, 1):
+            print(f"[{index}/{len(jobs)}] {job.case}, malloc {job.malloc}", file=sys.stderr, flush=True)
+            document["results"].append(launch_process(job))
+            print("\n" + tables.text(document["results"][-1]) + "\n", flush=True)
+            _save(arguments.json, document)
+    except KeyboardInterrupt:
+        document["interrupted"] = True
+        print(f"interrupted after {len(document['results'])} of {len(jobs)} measurements", file=sys.stderr)
+    _write(arguments, document)
+    if document["interrupted"]:
+        return 130
+    return int(any(result["status"] not in ("ok", "inexact") for result in document["results"]))
+
+
+def _jobs(arguments: argparse.Namespace, cases: list[Case], providers: list[str]) -> list[Job]:
+    jobs = []
+    for case in cases:
+        chosen = arguments.malloc or ("both" if case.headline else "default")
+        for malloc in MALLOC if chosen == "both" else [chosen]:
+            first = malloc == "default" or chosen != "both"
+            job = Job(
+                case=case.name,
+                providers=tuple(providers),
+                accept=tuple(arguments.accept),
+                budget=QUICK if arguments.quick else Budget(),
+                size=arguments.size,
+                malloc=malloc,
+                threads=arguments.threads or 0,
+                resident=first and case.headline and not arguments.quick,
+                breakdown=arguments.profile and case.headline and breakdown.supports(case),
+            )
+            jobs.append(job)
+    return jobs
+
+
+def _set_isa(isa: str | None) -> None:
+    """Choose the core's instruction set before it is loaded, here and in the processes started from here."""
+    if not isa:
+        return
+    os.environ["PIXNERD_ISA"] = isa
+    if (running := provenance.core_isa()) != isa:
+        raise ValueError(f"--isa {isa}: the core runs {running or 'not at all (it is not available)'}")
+
+
+def launch_process(job: Job) -> dict[str, Any]:
+    """Run a job in a fresh process under its malloc setting; one that dies becomes a result that says so."""
+    environment = {name: value for name, value in os.environ.items() if name not in MALLOC["tuned"]}
+    environment.update(MALLOC[job.malloc])
+    environment.setdefault("KINETO_LOG_LEVEL", "99")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.worker", job.to_json(), str(file)]
+        code = subprocess.run(command, env=environment, cwd=provenance.ROOT, check=False).returncode
+        if code in (130, -2):
+            raise KeyboardInterrupt
+        if file.exists():
+            result: dict[str, Any] = json.loads(file.read_text())
+            return result
+    return _died(job, code)
+
+
+def _died(job: Job, code: int) -> dict[str, Any]:
+    killed = code == -9
+    return {
+        "case": job.case,
+        "size": job.size,
+        "shape": dict(next(iter(select_cases([job.case]))).size(job.size)),
+        "dtype": "",
+        "malloc": job.malloc,
+        "backend": "",
+        "status": "out of memory" if killed else "error",
+        "reason": "the process was killed, most likely for its memory"
+        if killed
+        else f"the process exited with {code}",
+        "providers": {},
+    }
+
+
+def _save(path: Path | None, document: dict[str, Any]) -> None:
+    """Replace the file in one step: an interruption leaves the old one or the new one."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(fresh, path)
+
+
+def _write(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
+    print(tables.LEGEND)
+    _save(arguments.json, document)
+    if arguments.markdown:
+        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
+        arguments.markdown.write_text(tables.markdown(document))
+    if arguments.plot:
+        try:
+            plot.bars(document, arguments.plot)
+        except (ValueError, ImportError) as error:
+            print(f"no plot: {error}", file=sys.stderr)
+    for path in (arguments.json, arguments.markdown, arguments.plot):
+        if path and path.exists():
+            print(f"wrote {path}")

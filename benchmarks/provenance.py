@@ -1,0 +1,77 @@
+"""Where and with what a result was measured."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pixnerd_kernels
+from pixnerd_kernels import backends
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def core_isa() -> str:
+    """The instruction set that the compiled core runs with, or an empty string without the core."""
+    try:
+        return str(backends.native().isa())
+    except NotImplementedError:
+        return ""
+
+
+def collect(arguments: list[str]) -> dict[str, Any]:
+    """Machine, versions, commit, command and time of this run."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": core_isa() or "none (no compiled core: ours runs on the reference)",
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.release()}",
+        "libc": " ".join(platform.libc_ver()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pixnerd_kernels": pixnerd_kernels.__version__,
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def summary(provenance: dict[str, Any]) -> str:
+    """One line for tables and plots."""
+    commit = (provenance["commit"] or "no commit")[:10] + ("+changes" if provenance["dirty"] else "")
+    return (
+        f"{provenance['cpu']}, {provenance['threads']} threads, core {provenance['isa'].split(' ')[0]}, "
+        f"torch {provenance['torch']}, Python {provenance['python']}, {commit}, {provenance['date'][:10]}"
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints, or None outside of a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

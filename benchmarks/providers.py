@@ -1,0 +1,76 @@
+"""Who computes a case: plain PyTorch, torch.compile of the same formula, or this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Case, Shape, Tensors
+
+#: Computes a case's output from its inputs.
+Compute = Callable[[Tensors], Tensor]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`prepare` gives the computation of a case at a shape.
+
+    `recompute` says whether backward computes hidden activations again, which its FLOPs then count.
+    """
+
+    prepare: Callable[[Case, Shape], Compute]
+    recompute: bool
+
+
+def _eager(case: Case, shape: Shape) -> Compute:
+    return lambda tensors: case.op.eager(shape, tensors, case.dtype)
+
+
+def _compile(case: Case, shape: Shape) -> Compute:
+    torch._dynamo.reset()
+    compiled: Compute = torch.compile(_eager(case, shape), fullgraph=True, dynamic=False)
+    return compiled
+
+
+def _ours(case: Case, shape: Shape) -> Compute:
+    return lambda tensors: case.op.ours(shape, tensors, case.dtype)
+
+
+PROVIDERS: dict[str, Provider] = {
+    "eager": Provider(_eager, recompute=False),
+    "compile": Provider(_compile, recompute=False),
+    "ours": Provider(_ours, recompute=True),
+}
+
+
+def select_providers(names: Sequence[str]) -> list[str]:
+    """The named providers; empty means all.
+
+    Raises:
+        ValueError: a name is unknown; the message lists the known ones.
+    """
+    if unknown := [name for name in names if name not in PROVIDERS]:
+        raise ValueError(f"unknown provider {', '.join(map(repr, unknown))}; known: {', '.join(PROVIDERS)}")
+    return list(dict.fromkeys(names)) or list(PROVIDERS)
+
+
+def call(case: Case, compute: Compute, made: Tensors) -> Callable[[], tuple[Tensor, ...]]:
+    """One timed call: the output alone, or for training the output and the gradient of every input.
+
+    The returned function makes no copies: it runs on the tensors that `case.make` made.
+    """
+    inputs = {name: tensor.detach() for name, tensor in made.items() if name != "grad"}
+    if not case.training:
+        return lambda: (compute(inputs),)
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    leaves, grad = tuple(inputs.values()), made["grad"]
+
+    def run() -> tuple[Tensor, ...]:
+        out = compute(inputs)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    return run
