@@ -1,0 +1,87 @@
+"""The rectified-flow path from noise (t = 0) to data (t = 1), and the loss of a velocity model on it.
+
+    x_t = t data + (1 - t) noise,    v = dx_t/dt = data - noise,    loss = mean (model(x_t, t, y) - v)²
+
+Images are [B, C, H, W] in [-1, 1], times [B] in [0, 1]. Source: PixNerd (arXiv 2507.23268), section 3, and
+its official trainer without the feature-alignment term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels.checks import Problems
+
+
+def shift_time(t: Tensor, shift: float = 1.0) -> Tensor:
+    """t / (t + (1 - t) shift): a shift above 1 moves times towards the noise; 1 changes nothing."""
+    return t / (t + (1 - t) * shift)
+
+
+def sample_times(
+    batch: int,
+    *,
+    shift: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Log-normal times: `shift_time` of sigmoid(normal), [batch] float32."""
+    return shift_time(torch.randn(batch, generator=generator, device=device).sigmoid(), shift)
+
+
+def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t, in data's shape and dtype; t is [B]."""
+    weight = t.to(data.dtype).view(-1, *(1,) * (data.dim() - 1))
+    return weight * data + (1 - weight) * noise
+
+
+def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
+    """The path's velocity, the same at every t."""
+    return data - noise
+
+
+def drop_classes(
+    y: Tensor, null_class: int, probability: float = 0.1, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """y [B] with each class replaced by `null_class` at this probability (classifier-free guidance)."""
+    drawn = torch.rand(y.shape, generator=generator, device=y.device)
+    return torch.where(drawn < probability, null_class, y)
+
+
+def loss(
+    model: Callable[..., Tensor],
+    data: Tensor,
+    y: Tensor,
+    *,
+    null_class: int,
+    dropout: float = 0.1,
+    shift: float = 1.0,
+    generator: torch.Generator | None = None,
+    **model_arguments: object,
+) -> Tensor:
+    """The flow-matching loss of one batch, a scalar in float32 at least.
+
+    Args:
+        model: called as model(x_t, t, y, **model_arguments), returns the velocity in x_t's shape.
+        data: [B, C, H, W] in [-1, 1]. y: [B] class ids.
+        null_class, dropout: as in `drop_classes`. shift: as in `shift_time`.
+        generator: source of times, noise and dropped classes, on data's device; None is torch's global one.
+
+    Raises:
+        TypeError, ValueError: every problem with the arguments at once.
+    """
+    problems = Problems("flow.loss")
+    if problems.tensor("data", data, 4, "[B, C, H, W]") and y.shape != data.shape[:1]:
+        problems.add("y", f"the shape [{data.shape[0]}], one for each image", y)
+    problems.number("dropout", dropout)
+    problems.number("shift", shift)
+    problems.raise_if_any()
+    t = sample_times(data.shape[0], shift=shift, generator=generator, device=data.device)
+    noise = torch.randn(data.shape, generator=generator, device=data.device, dtype=data.dtype)
+    y = drop_classes(y, null_class, dropout, generator=generator)
+    velocity = model(interpolate(data, noise, t), t, y, **model_arguments)
+    target = velocity_target(data, noise)
+    return (velocity.to(torch.promote_types(velocity.dtype, torch.float32)) - target).square().mean()

@@ -1,0 +1,165 @@
+"""Solvers that follow a velocity field from noise (t = 0) to data (t = 1).
+
+Source: the samplers of the official PixNerd (EulerSampler, HeunSampler, AdamLMSampler).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.diffusion.flow import shift_time
+
+SOLVERS = ("euler", "heun", "adams")
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def sample(
+    velocity: Velocity,
+    noise: Tensor,
+    condition: Tensor,
+    uncondition: Tensor | None = None,
+    *,
+    solver: str = "euler",
+    num_steps: int,
+    order: int = 2,
+    guidance: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    timeshift: float = 1.0,
+    last_step: float | None = None,
+    exact_heun: bool = False,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Draw samples by integrating dx/dt = velocity(x, t, condition) over `time_steps`.
+
+    Guided, the velocity is v(uncondition) + guidance * (v(condition) - v(uncondition)), both from one call
+    with twice the batch. Where there is nothing to guide (guidance 1, or t outside the interval) only the
+    condition is evaluated.
+
+    Args:
+        velocity: called with x [B, ...], t [B] and a condition of batch B (2B when guided); any callable.
+        noise: [B, ...], x at t = 0. condition, uncondition: [B, ...]; uncondition may be None at guidance 1.
+        solver: "euler"; "heun" (second order; from the second step on it takes the predictor's velocity from
+            the step before, which halves the evaluations); "adams" (Adams-Bashforth on the uneven steps).
+        num_steps: steps; also the evaluations, but 2 * num_steps - 1 for the exact Heun.
+        order: Adams' order, 1 to 4, reached after as many steps.
+        guidance_interval: guidance holds for low < t < high, open at both ends; Heun ignores it.
+        timeshift: above 1 spends more steps near the noise, see `flow.shift_time`.
+        last_step: length of the last step before the shift; None is 1 / num_steps.
+        exact_heun: evaluate the predictor's velocity anew in every step.
+        on_step: called with the number of steps done (from 1) and x.
+
+    Returns:
+        x at t = 1, in noise's shape and dtype. No gradients are recorded.
+
+    Raises:
+        TypeError, ValueError: every problem with the arguments at once.
+    """
+    _check(noise, condition, uncondition, solver, num_steps, order, guidance, timeshift, last_step)
+    times = time_steps(num_steps, timeshift=timeshift, last_step=last_step)
+    low, high = guidance_interval
+    inside = ((times > low) & (times < high)).tolist()
+    always = solver == "heun"
+
+    def field(x: Tensor, index: int) -> Tensor:
+        t = times[index].to(noise.device, torch.promote_types(noise.dtype, torch.float32))
+        if guidance == 1 or uncondition is None or not (inside[index] or always):
+            return velocity(x, t.expand(x.shape[0]), condition)
+        both = torch.cat([uncondition, condition])
+        without, with_ = velocity(torch.cat([x, x]), t.expand(2 * x.shape[0]), both).chunk(2)
+        return without + guidance * (with_ - without)
+
+    if solver == "euler":
+        steps = _adams(field, noise, times, 1)
+    elif solver == "adams":
+        steps = _adams(field, noise, times, order)
+    else:
+        steps = _heun(field, noise, times, exact_heun)
+    x = noise
+    for done, x in enumerate(steps, start=1):
+        if on_step is not None:
+            on_step(done, x)
+    return x
+
+
+def time_steps(num_steps: int, *, timeshift: float = 1.0, last_step: float | None = None) -> Tensor:
+    """The num_steps + 1 times from 0 to 1, float32: even up to 1 - last_step, then shifted."""
+    if last_step is None or num_steps == 1:
+        last_step = 1 / num_steps
+    even = torch.cat([torch.linspace(0, 1 - last_step, num_steps), torch.ones(1)])
+    return shift_time(even, timeshift)
+
+
+def adams_weights(times: Tensor, order: int) -> Tensor:
+    """Weights of the velocities at the last `order` of times[:-1] for their mean over times[-2] to times[-1].
+
+    They integrate the polynomial through those velocities exactly: sum_j w_j u_j^m = mean of u^m for m <
+    order, with u the time in units of the step.
+    """
+    nodes = times[-1 - order : -1].double()
+    step = times[-1].double() - nodes[-1]
+    powers = torch.arange(order, dtype=torch.float64)
+    moments = 1 / (powers + 1)
+    return torch.linalg.solve(((nodes - nodes[-1]) / step) ** powers[:, None], moments)
+
+
+def _adams(field: Callable[[Tensor, int], Tensor], x: Tensor, times: Tensor, order: int) -> Iterator[Tensor]:
+    """Adams-Bashforth; order 1 is Euler."""
+    lengths = times.diff().tolist()
+    velocities: list[Tensor] = []
+    for index, length in enumerate(lengths):
+        velocities = [*velocities[1 - order :], field(x, index)] if order > 1 else [field(x, index)]
+        weights = adams_weights(times[: index + 2], len(velocities)).tolist()
+        for weight, v in zip(weights, velocities, strict=True):
+            x = x + (weight * length) * v
+        yield x
+
+
+def _heun(field: Callable[[Tensor, int], Tensor], x: Tensor, times: Tensor, exact: bool) -> Iterator[Tensor]:
+    lengths = times.diff().tolist()
+    ahead: Tensor | None = None
+    for index, length in enumerate(lengths):
+        v = field(x, index) if ahead is None or exact else ahead
+        if index + 1 < len(lengths):
+            ahead = field(x + length * v, index + 1)
+            v = (v + ahead) / 2
+        x = x + length * v
+        yield x
+
+
+def _check(
+    noise: Tensor,
+    condition: Tensor,
+    uncondition: Tensor | None,
+    solver: str,
+    num_steps: int,
+    order: int,
+    guidance: float,
+    timeshift: float,
+    last_step: float | None,
+) -> None:
+    problems = Problems("sample")
+    problems.choice("solver", solver, SOLVERS)
+    problems.count("num_steps", num_steps)
+    if problems.count("order", order) and order > 4:
+        problems.add("order", "at most 4", order)
+    problems.number("guidance", guidance, minimum=-float("inf"))
+    problems.number("timeshift", timeshift)
+    if timeshift == 0:
+        problems.add("timeshift", "more than 0", timeshift)
+    if last_step is not None and not 0 < last_step <= 1:
+        problems.add("last_step", "more than 0 and at most 1", last_step)
+    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() == 0:
+        problems.add_type("noise", "a floating tensor [B, ...]", noise)
+    else:
+        for name, value in (("condition", condition), ("uncondition", uncondition)):
+            if value is None and name == "uncondition" and guidance == 1:
+                continue
+            if not isinstance(value, Tensor) or value.shape[:1] != noise.shape[:1]:
+                problems.add(name, f"a tensor with batch {noise.shape[0]}", value)
+    problems.raise_if_any()

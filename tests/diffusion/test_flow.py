@@ -1,0 +1,98 @@
+"""The path, its target, the times, dropped classes and the loss."""
+
+import math
+
+import pytest
+import torch
+
+from pixnerd_kernels import models
+from pixnerd_kernels.diffusion import flow
+
+
+def test_the_path_runs_from_noise_to_data_at_the_target_velocity():
+    data, noise = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    assert torch.equal(flow.interpolate(data, noise, torch.zeros(3)), noise)
+    assert torch.equal(flow.interpolate(data, noise, torch.ones(3)), data)
+    t = torch.tensor([0.1, 0.5, 0.8])
+    moved = flow.interpolate(data, noise, t) + (1 - t).view(3, 1, 1, 1) * flow.velocity_target(data, noise)
+    torch.testing.assert_close(moved, data)
+
+
+def test_times_are_log_normal_and_shifted():
+    t = flow.sample_times(20000, generator=torch.Generator().manual_seed(0))
+    logits = t.logit()
+    assert abs(logits.mean()) < 0.03
+    assert abs(logits.std() - 1) < 0.03
+    shifted = flow.sample_times(20000, shift=3.0, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(shifted, t / (t + 3 * (1 - t)))
+    # A shift of s adds -log s to the logits.
+    assert abs(shifted.logit().mean() + math.log(3)) < 0.03
+
+
+def test_classes_are_dropped_at_the_given_probability():
+    y = torch.arange(4).repeat(5000)
+    dropped = flow.drop_classes(y, 9, 0.1, generator=torch.Generator().manual_seed(0))
+    hit = dropped == 9
+    assert abs(hit.float().mean() - 0.1) < 0.01
+    assert torch.equal(dropped[~hit], y[~hit])
+    assert torch.equal(flow.drop_classes(y, 9, 0.0), y)
+    assert (flow.drop_classes(y, 9, 1.0) == 9).all()
+
+
+def test_loss_of_the_true_velocity_is_zero_and_of_zero_its_variance():
+    data = torch.full((4096, 1, 2, 2), 0.5)
+    y = torch.zeros(4096, dtype=torch.long)
+
+    def truth(x, t, y):
+        t = t.view(-1, 1, 1, 1)
+        return (data - x) / (1 - t)
+
+    assert flow.loss(truth, data, y, null_class=1) < 1e-6
+    zero = flow.loss(lambda x, t, y: torch.zeros_like(x), data, y, null_class=1)
+    assert abs(zero - 1.25) < 0.05  # the noise's variance and the data's square
+
+
+def test_loss_draws_from_the_generator_only():
+    data, y = torch.randn(2, 1, 4, 4), torch.tensor([0, 1])
+
+    def draw(seed):
+        return flow.loss(
+            lambda x, t, y: x * y.view(-1, 1, 1, 1),
+            data,
+            y,
+            null_class=2,
+            dropout=0.5,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    state = torch.random.get_rng_state()
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with pytest.raises(ValueError, match=r"y: expected the shape \[2\]"):
+        flow.loss(lambda x, t, y: x, data, torch.zeros(3, dtype=torch.long), null_class=2)
+
+
+def test_a_model_overfits_one_batch():
+    """The loss falls on the way, and samples of each class end near the one image of that class."""
+    torch.manual_seed(0)
+    config = models.PixNerdConfig(32, 2, 2, 2, 8, 2, patch_size=4, in_channels=1, num_classes=2, max_freqs=3)
+    model = models.PixNerd(config)
+    rows = torch.linspace(-1, 1, 8)
+    data = torch.stack([rows.expand(8, 8), -rows[:, None].expand(8, 8)])[:, None].repeat(16, 1, 1, 1)
+    y = torch.arange(2).repeat(16)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(150):
+        loss = flow.loss(model, data, y, null_class=2, generator=generator)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.35 * sum(losses[:10])
+    from pixnerd_kernels.diffusion import sample
+
+    noise = torch.randn(2, 1, 8, 8, generator=generator)
+    drawn = sample(model, noise, torch.tensor([0, 1]), solver="adams", num_steps=20)
+    assert (drawn - data[:2]).square().mean() < 0.1

@@ -1,0 +1,152 @@
+"""The slim PixNerd against the official one, its sizes, its resolutions and its complaints."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from pixnerd_kernels import models
+from pixnerd_kernels.models.official import official_name
+from pixnerd_kernels.nn import patchify, rotary_table, unpatchify
+
+DATA = Path(__file__).parents[1] / "data"
+TINY = models.PixNerdConfig(32, 2, 2, 2, 8, 2, patch_size=4, in_channels=1, num_classes=3, max_freqs=3)
+
+
+def golden(name):
+    with safe_open(DATA / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["config"])
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def randomised(config=TINY, dtype=torch.float32):
+    """A model whose output layer is not zero."""
+    torch.manual_seed(0)
+    model = models.PixNerd(config).to(dtype)
+    torch.nn.init.normal_(model.decoder.linear.weight)
+    return model
+
+
+@pytest.mark.parametrize("name", ["c2i_tiny", "c2i_d64_p16"])
+def test_agrees_with_the_official_model(name):
+    tensors, config = golden(name)
+    state = {key[len("param.") :]: value for key, value in tensors.items() if key.startswith("param.")}
+    model = models.load_official(state, config)
+    x = tensors["input.x"].requires_grad_()
+    output = model(x, tensors["input.t"], tensors["input.y"])
+    assert distance(output, tensors["output"]) < 1e-4
+    output.backward(tensors["grad_output"])
+    assert distance(x.grad, tensors["grad.x"]) < 1e-3
+    names = {name: official_name(name, model.config) for name, _ in model.named_parameters()}
+    assert set(names.values()) == set(state)
+    for name, parameter in model.named_parameters():
+        assert distance(parameter.grad, tensors[f"grad.param.{names[name]}"]) < 1e-3, name
+
+
+@pytest.mark.parametrize("case", ["dim24.h4.w6", "dim64.h8.w12", "dim72.h16.w16"])
+def test_rotary_table_agrees_with_the_official_one(case):
+    size, height, width = (int("".join(filter(str.isdigit, part))) for part in case.split("."))
+    angles = rotary_table(height, width, size)
+    x = torch.linspace(0, 16, width, dtype=torch.float64).repeat(height)
+    y = torch.linspace(0, 16, height, dtype=torch.float64).repeat_interleave(width)
+    for pair in range(size // 4):
+        speed = 10000 ** (-4 * pair / size)
+        for column, position in ((2 * pair, x), (2 * pair + 1, y)):
+            expected = torch.stack([(position * speed).cos(), (position * speed).sin()], -1).float()
+            torch.testing.assert_close(angles[:, column], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("L/16", 452.1), ("XL/16", 700.6)])
+def test_parameter_counts(name, millions):
+    with torch.device("meta"):
+        model = models.PixNerd(models.CONFIGS[name])
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
+def test_a_fresh_model_returns_zeros_and_learns_from_them():
+    model = models.PixNerd(TINY)
+    x, t, y = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 3])
+    output = model(x, t, y)
+    assert not output.any()
+    (output - x).square().mean().backward()
+    assert model.decoder.linear.weight.grad.abs().sum() > 0
+
+
+def test_patches_are_cut_and_joined_without_loss():
+    image = torch.arange(2 * 3 * 4 * 6).float().view(2, 3, 4, 6)
+    patches = patchify(image, 2, 3)
+    assert patches.shape == (2, 4, 6, 3)
+    assert torch.equal(patches[1, 3, :, 2].view(2, 3), image[1, 2, 2:, 3:])
+    assert torch.equal(unpatchify(patches, 2, 3, 2, 2), image)
+
+
+def test_float64_and_bfloat16_follow_float32():
+    args = torch.randn(2, 1, 8, 12), torch.rand(2), torch.tensor([1, 2])
+    expected = randomised()(*args)
+    wide = randomised(dtype=torch.float64)(args[0].double(), *args[1:])
+    assert wide.dtype == torch.float64
+    assert distance(expected, wide) < 1e-5
+    narrow = randomised(dtype=torch.bfloat16)(args[0].bfloat16(), *args[1:])
+    assert narrow.dtype == torch.bfloat16
+    assert distance(narrow.float(), expected) < 0.05
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distance(randomised()(*args).float(), expected) < 0.05
+
+
+@pytest.mark.parametrize(("scale", "size"), [((2, 3), (16, 36)), ((1.5, 1), (12, 12)), ((0.5, 1.3), (4, 15))])
+def test_decoder_scale_keeps_the_tokens_and_refines_the_pixels(scale, size):
+    """The transformer sees exactly the coarse image, and the field's values at shared pixels are the same."""
+    model = randomised()
+    t, y = torch.tensor([0.3]), torch.tensor([1])
+    fine = torch.randn(1, 1, *size)
+    seen = []
+    hook = model.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    output = model(fine, t, y, decoder_scale=scale)
+    assert output.shape == fine.shape
+    coarse = torch.nn.functional.interpolate(fine, (8, 12))
+    expected = model(coarse, t, y)
+    hook.remove()
+    assert torch.equal(seen[0], seen[1])
+    if scale[0] >= 1 and scale[1] >= 1:
+        # The first pixel of a patch has the same coordinates and the same noise at every scale.
+        rows, columns = size[0] // 2, size[1] // 3
+        assert torch.allclose(output[..., ::rows, ::columns], expected[..., ::4, ::4], atol=1e-5)
+
+
+def test_a_scale_that_is_a_ratio_of_pixels_is_exact():
+    output = randomised()(torch.randn(1, 1, 14, 14), torch.rand(1), torch.tensor([0]), (7 / 4, 7 / 4))
+    assert output.shape == (1, 1, 14, 14)
+
+
+def test_the_model_compiles_without_graph_breaks():
+    model = randomised()
+    args = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 3])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert distance(compiled(*args), model(*args)) < 1e-5
+
+
+def test_every_problem_is_named():
+    model = models.PixNerd(TINY)
+    x, t, y = torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="H and W divisible by the decoded patch of 4 x 4"):
+        model(torch.zeros(2, 1, 8, 10), t, y)
+    with pytest.raises(ValueError, match="divisible by the decoded patch of 8 x 8"):
+        model(torch.zeros(2, 1, 12, 8), t, y, decoder_scale=(2, 2))
+    with pytest.raises(ValueError, match=r"x: expected 1 channels.*t: expected the shape \[2\]"):
+        model(torch.zeros(2, 3, 8, 8), torch.zeros(1), y)
+    with pytest.raises(ValueError, match=r"y: expected classes 0 to 2 \(3 is no class\), got 4"):
+        model(x, t, torch.tensor([0, 4]))
+    with pytest.raises(TypeError, match="y: expected an integer tensor"):
+        model(x, t, torch.zeros(2))
+    with pytest.raises(ValueError, match="at least one pixel a patch"):
+        model(x, t, y, decoder_scale=(0.1, 1))
+    with pytest.raises(ValueError, match=r"num_heads.*encoding.*hidden_size|num_heads|hidden_size"):
+        models.PixNerdConfig(30, 0, 1, 1, encoding="fourier")
+    with pytest.raises(ValueError, match=r"multiple of 4 \* num_heads = 16"):
+        models.PixNerdConfig(40, 4, 1, 1)
