@@ -52,7 +52,9 @@ class CMakeBuild(build_ext):
             print(f"WARNING: the compiled CPU core was not built: {error}", file=sys.stderr, flush=True)
             target.unlink(missing_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            note = (ROOT / "pixnerd_kernels" if self.inplace or self.editable_mode else target.parent) / MISSING
+            note = (
+                ROOT / "pixnerd_kernels" if self.inplace or self.editable_mode else target.parent
+            ) / MISSING
             note.write_text(f"{error}\n")
 
     def build_core(self, target: Path) -> None:

@@ -1,5 +1,5 @@
-// The only file that knows Python: addresses and sizes in, nothing else. The callers in pixnerd_kernels/ops have
-// checked every shape.
+// The only file that knows Python: addresses and sizes in, nothing else. The callers in pixnerd_kernels/ops
+// have checked every shape.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,8 +26,8 @@ pixnerd::MutableMatrices output(const Strided& t) { return {reinterpret_cast<voi
 
 pixnerd::NeuralField field(std::int64_t patches, std::int64_t pixels, int channels, int hidden, int dtype,
                            int activation, bool residual, std::array<bool, 3> normalize, double norm_eps,
-                           double weight_eps, int threads, const Strided& x, const Strided& w1, const Strided& w2,
-                           const Strided& w_gate, std::int64_t norm_weight) {
+                           double weight_eps, int threads, const Strided& x, const Strided& w1,
+                           const Strided& w2, const Strided& w_gate, std::int64_t norm_weight) {
   return {.patches = patches,
           .pixels = pixels,
           .channels = channels,
@@ -59,9 +59,9 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<pixnerd::NeuralField>(m, "NeuralField", "Sizes, options and addresses of one call.")
       .def(py::init(&field), py::kw_only(), py::arg("patches"), py::arg("pixels"), py::arg("channels"),
-           py::arg("hidden"), py::arg("dtype"), py::arg("activation"), py::arg("residual"), py::arg("normalize"),
-           py::arg("norm_eps"), py::arg("weight_eps"), py::arg("threads"), py::arg("x"), py::arg("w1"),
-           py::arg("w2"), py::arg("w_gate"), py::arg("norm_weight"));
+           py::arg("hidden"), py::arg("dtype"), py::arg("activation"), py::arg("residual"),
+           py::arg("normalize"), py::arg("norm_eps"), py::arg("weight_eps"), py::arg("threads"), py::arg("x"),
+           py::arg("w1"), py::arg("w2"), py::arg("w_gate"), py::arg("norm_weight"));
   m.def(
       "neural_field_mlp_forward",
       [](const pixnerd::NeuralField& field, const Strided& y) {
@@ -87,8 +87,8 @@ PYBIND11_MODULE(_native, m) {
       "normalize_weights",
       [](std::int64_t outer, std::int64_t rows, std::int64_t columns, int dtype, double eps, int threads,
          std::int64_t w, std::int64_t grad, std::int64_t out) {
-        const pixnerd::ColumnNorm norm{outer, rows, columns, static_cast<DType>(dtype),
-                                       eps,   threads, reinterpret_cast<const void*>(w)};
+        const pixnerd::ColumnNorm norm{
+            outer, rows, columns, static_cast<DType>(dtype), eps, threads, reinterpret_cast<const void*>(w)};
         py::gil_scoped_release release;
         if (grad) {
           pixnerd::normalize_weights_backward(norm, reinterpret_cast<const void*>(grad),
@@ -97,8 +97,9 @@ PYBIND11_MODULE(_native, m) {
           pixnerd::normalize_weights_forward(norm, reinterpret_cast<void*>(out));
         }
       },
-      py::arg("outer"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("eps"), py::arg("threads"),
-      py::arg("w"), py::arg("grad"), py::arg("out"), "Forward where grad is 0, else backward.");
+      py::arg("outer"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("eps"),
+      py::arg("threads"), py::arg("w"), py::arg("grad"), py::arg("out"),
+      "Forward where grad is 0, else backward.");
   m.def(
       "coordinate_encoding",
       [](int height, int width, int max_freqs, int kind, double scale_x, double scale_y, std::int64_t out) {

@@ -1,4 +1,5 @@
-// Coordinate encodings of the pixels of a patch (see pixnerd_kernels/ops/coordinate_encoding for the formulas).
+// Coordinate encodings of the pixels of a patch (see pixnerd_kernels/ops/coordinate_encoding for the
+// formulas).
 #pragma once
 
 namespace pixnerd {

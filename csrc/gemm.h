@@ -1,9 +1,9 @@
 // Small matrix products on panel matrices, with the work on each finished block left to the caller.
 //
-// A panel matrix stores an R x C matrix as ceil(C / W) panels of R x W elements, each row-major, W = kPanel<T>
-// (two vectors). Element (r, c) is at (c / W) * panel_stride + r * W + c % W. All strides inside a panel are
-// constants, a panel's rows are whole vectors, and one layout serves as the left operand, the right operand and
-// the result of the next product.
+// A panel matrix stores an R x C matrix as ceil(C / W) panels of R x W elements, each row-major, W =
+// kPanel<T> (two vectors). Element (r, c) is at (c / W) * panel_stride + r * W + c % W. All strides inside a
+// panel are constants, a panel's rows are whole vectors, and one layout serves as the left operand, the right
+// operand and the result of the next product.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +17,7 @@ inline constexpr int kPanel = 2 * kLanes<T>;
 
 // Rows of a register block: kRows x 2 accumulators, plus operands, fill the register file.
 #if defined(PIXNERD_ISA_AVX512)
-inline constexpr int kRows = 12;
+inline constexpr int kRows = 8;
 #elif defined(PIXNERD_ISA_AVX2)
 inline constexpr int kRows = 6;
 #else
@@ -46,12 +46,18 @@ struct Panels {
 template <class T, int Rows, int Vectors>
 struct Block {
   Vec<T> v[Rows][Vectors];
+
+  PIXNERD_INLINE Block() {
+    for (int i = 0; i < Rows; ++i) {
+      for (int j = 0; j < Vectors; ++j) v[i][j] = Vec<T>{};
+    }
+  }
 };
 
 // acc += A[0:Rows, 0:depth] @ B[0:depth, 0:Vectors] for a left operand whose columns are the summed index.
 template <int Rows, int Vectors, class T>
-PIXNERD_INLINE void accumulate_rows(Block<T, Rows, Vectors>& acc, const T* a, std::ptrdiff_t a_panel, const T* b,
-                                    int depth) {
+PIXNERD_INLINE void accumulate_rows(Block<T, Rows, Vectors>& acc, const T* a, std::ptrdiff_t a_panel,
+                                    const T* b, int depth) {
   for (int k0 = 0; k0 < depth; k0 += kPanel<T>, a += a_panel) {
     const int count = at_most(kPanel<T>, depth - k0);
     for (int k = 0; k < count; ++k, b += kPanel<T>) {
@@ -81,16 +87,17 @@ PIXNERD_INLINE void accumulate_columns(Block<T, Rows, Vectors>& acc, const T* a,
 template <int Vectors, class T, class Epilogue>
 PIXNERD_INLINE void multiply_panel(int p, int rows, int depth, Panels<T> a, const T* b, Epilogue& epilogue) {
   for (int r = 0; r < rows; r += kRows) {
-    Block<T, kRows, Vectors> acc{};
+    Block<T, kRows, Vectors> acc;
     accumulate_rows(acc, a.data + r * kPanel<T>, a.stride, b, depth);
     epilogue(r, p, acc);
   }
 }
 
-// C = A @ B with A [rows, depth] and B [depth, columns]. epilogue(r, p, block) receives rows r ... r + kRows - 1
-// of panel p. Rows are computed in whole blocks: A must have round_up(rows, kRows) readable rows.
+// C = A @ B with A [rows, depth] and B [depth, columns]. epilogue(r, p, block) receives rows r ... r + kRows
+// - 1 of panel p. Rows are computed in whole blocks: A must have round_up(rows, kRows) readable rows.
 template <class T, class Epilogue>
-PIXNERD_INLINE void multiply(int rows, int columns, int depth, Panels<T> a, Panels<T> b, Epilogue&& epilogue) {
+PIXNERD_INLINE void multiply(int rows, int columns, int depth, Panels<T> a, Panels<T> b,
+                             Epilogue&& epilogue) {
   for (int p = 0; p < panels<T>(columns); ++p) {
     if (columns - p * kPanel<T> > kLanes<T>) {
       multiply_panel<2>(p, rows, depth, a, b.panel(p), epilogue);
@@ -102,7 +109,7 @@ PIXNERD_INLINE void multiply(int rows, int columns, int depth, Panels<T> a, Pane
 
 template <int Rows, int Vectors, class T>
 PIXNERD_INLINE void add_outer_block(T* c, const T* a, const T* b, int depth, bool add) {
-  Block<T, Rows, Vectors> acc{};
+  Block<T, Rows, Vectors> acc;
   accumulate_columns(acc, a, b, depth);
   for (int i = 0; i < Rows; ++i) {
     for (int j = 0; j < Vectors; ++j) {
@@ -133,8 +140,8 @@ PIXNERD_INLINE void outer_panel(int rows, int depth, Panels<T> a, const T* b, T*
 // C [rows, columns] = A^T @ B, or += with `add`, for A [depth, rows] and B [depth, columns]. C must have
 // round_up(rows, kPanel<T>) rows.
 template <class T>
-PIXNERD_INLINE void multiply_transposed(int rows, int columns, int depth, Panels<T> a, Panels<T> b, Panels<T> c,
-                                        bool add) {
+PIXNERD_INLINE void multiply_transposed(int rows, int columns, int depth, Panels<T> a, Panels<T> b,
+                                        Panels<T> c, bool add) {
   for (int p = 0; p < panels<T>(columns); ++p) {
     if (columns - p * kPanel<T> > kLanes<T>) {
       outer_panel<2>(rows, depth, a, b.panel(p), c.panel(p), add);
@@ -184,37 +191,25 @@ PIXNERD_INLINE Vec<T> load_columns(Storage, const typename Storage::Stored* row,
   return v;
 }
 
-#if defined(__clang__)
-template <class V, class I, int... Lane>
-PIXNERD_INLINE V shuffle_lanes(V a, V b) {
-  return __builtin_shufflevector(a, b, Lane...);
-}
-#else
-template <class V, class I, int... Lane>
-PIXNERD_INLINE V shuffle_lanes(V a, V b) {
-  return __builtin_shuffle(a, b, I{Lane...});
-}
-#endif
-
 // Alternate the lanes of a and b: the lower halves, or with Upper the upper halves.
 template <class T, bool Upper>
 PIXNERD_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
   using I = typename VectorOf<std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>>::type;
   constexpr int n = kLanes<T>, h = Upper ? n / 2 : 0;
   if constexpr (n == 2) {
-    return shuffle_lanes<Vec<T>, I, h, n + h>(a, b);
+    return PIXNERD_SHUFFLE(a, b, I, h, n + h);
   } else if constexpr (n == 4) {
-    return shuffle_lanes<Vec<T>, I, h, n + h, h + 1, n + h + 1>(a, b);
+    return PIXNERD_SHUFFLE(a, b, I, h, n + h, h + 1, n + h + 1);
   } else if constexpr (n == 8) {
-    return shuffle_lanes<Vec<T>, I, h, n + h, h + 1, n + h + 1, h + 2, n + h + 2, h + 3, n + h + 3>(a, b);
+    return PIXNERD_SHUFFLE(a, b, I, h, n + h, h + 1, n + h + 1, h + 2, n + h + 2, h + 3, n + h + 3);
   } else {
-    return shuffle_lanes<Vec<T>, I, h, n + h, h + 1, n + h + 1, h + 2, n + h + 2, h + 3, n + h + 3, h + 4,
-                         n + h + 4, h + 5, n + h + 5, h + 6, n + h + 6, h + 7, n + h + 7>(a, b);
+    return PIXNERD_SHUFFLE(a, b, I, h, n + h, h + 1, n + h + 1, h + 2, n + h + 2, h + 3, n + h + 3, h + 4,
+                           n + h + 4, h + 5, n + h + 5, h + 6, n + h + 6, h + 7, n + h + 7);
   }
 }
 
-// target [columns, rows] = source [rows, columns]^T. Reads whole square tiles: the source needs rows rounded up to
-// kLanes<T>, and past its `rows` they must be finite; the target's padding columns receive them.
+// target [columns, rows] = source [rows, columns]^T. Reads whole square tiles: the source needs rows rounded
+// up to kLanes<T>, and past its `rows` they must be finite; the target's padding columns receive them.
 template <class T>
 PIXNERD_INLINE void transpose(int rows, int columns, Panels<T> source, Panels<T> target) {
   constexpr int n = kLanes<T>;

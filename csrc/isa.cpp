@@ -5,12 +5,12 @@
 
 namespace pixnerd {
 
-#define PIXNERD_DECLARE(isa)                                                                 \
-  namespace isa {                                                                            \
-  void neural_field_mlp_forward(const NeuralField&, MutableMatrices);                        \
-  void neural_field_mlp_backward(const NeuralField&, const NeuralFieldGradients&);           \
-  void normalize_weights_forward(const ColumnNorm&, void*);                                  \
-  void normalize_weights_backward(const ColumnNorm&, const void*, void*);                    \
+#define PIXNERD_DECLARE(isa)                                                       \
+  namespace isa {                                                                  \
+  void neural_field_mlp_forward(const NeuralField&, MutableMatrices);              \
+  void neural_field_mlp_backward(const NeuralField&, const NeuralFieldGradients&); \
+  void normalize_weights_forward(const ColumnNorm&, void*);                        \
+  void normalize_weights_backward(const ColumnNorm&, const void*, void*);          \
   }
 PIXNERD_DECLARE(portable)
 #if PIXNERD_HAS_AVX2
@@ -27,8 +27,8 @@ struct Isa {
   Kernels kernels;
 };
 
-#define PIXNERD_KERNELS(isa)                                                                         \
-  {isa::neural_field_mlp_forward, isa::neural_field_mlp_backward, isa::normalize_weights_forward,    \
+#define PIXNERD_KERNELS(isa)                                                                      \
+  {isa::neural_field_mlp_forward, isa::neural_field_mlp_backward, isa::normalize_weights_forward, \
    isa::normalize_weights_backward}
 
 const std::vector<Isa>& isas() {
@@ -38,8 +38,9 @@ const std::vector<Isa>& isas() {
     __builtin_cpu_init();
     const bool has_avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl");
     list.push_back({"avx2", has_avx2, PIXNERD_KERNELS(avx2)});
     list.push_back({"avx512", has_avx512, PIXNERD_KERNELS(avx512)});
 #endif
@@ -56,7 +57,8 @@ const Isa* find(const std::string& name) {
   if (!found) {
     std::string known = "auto";
     for (const auto& isa : supported_isas()) known += ", " + isa;
-    throw std::invalid_argument("instruction set '" + name + "' is not supported here, expected one of " + known);
+    throw std::invalid_argument("instruction set '" + name + "' is not supported here, expected one of " +
+                                known);
   }
   return found;
 }
@@ -89,7 +91,9 @@ void neural_field_mlp_forward(const NeuralField& field, MutableMatrices y) {
 void neural_field_mlp_backward(const NeuralField& field, const NeuralFieldGradients& gradients) {
   kernels().neural_field_mlp_backward(field, gradients);
 }
-void normalize_weights_forward(const ColumnNorm& norm, void* out) { kernels().normalize_weights_forward(norm, out); }
+void normalize_weights_forward(const ColumnNorm& norm, void* out) {
+  kernels().normalize_weights_forward(norm, out);
+}
 void normalize_weights_backward(const ColumnNorm& norm, const void* grad, void* out) {
   kernels().normalize_weights_backward(norm, grad, out);
 }

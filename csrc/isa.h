@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "normalize_weights.h"
 #include "neural_field_mlp.h"
+#include "normalize_weights.h"
 
 namespace pixnerd {
 

@@ -4,15 +4,15 @@
 #include "parallel.h"
 #include "scratch.h"
 
-// A worker takes one patch at a time. It packs the patch's weights into panels (converting, padding and summing
-// squares on the way), then loops over tiles of pixels whose activations stay in cache. No normalised weight and
-// no activation of a whole patch is ever stored.
+// A worker takes one patch at a time. It packs the patch's weights into panels (converting, padding and
+// summing squares on the way), then loops over tiles of pixels whose activations stay in cache. No normalised
+// weight and no activation of a whole patch is ever stored.
 namespace pixnerd::PIXNERD_ISA {
 namespace {
 
 template <class T>
 struct Silu {
-  PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return z / (T(1) + exp(-z)); }
+  PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return z * sigmoid<T>(z); }
   PIXNERD_INLINE static void both(Vec<T> z, Vec<T>& value, Vec<T>& slope) {
     const Vec<T> s = sigmoid<T>(z);
     value = z * s;
@@ -83,7 +83,10 @@ struct Plan {
   bool gated;
 
   Plan(const NeuralField& f, int vectors_of_channels, int vectors_of_hidden, int budget)
-      : channels(f.channels), hidden(f.hidden), pixels(static_cast<int>(f.pixels)), gated(f.w_gate.data != nullptr) {
+      : channels(f.channels),
+        hidden(f.hidden),
+        pixels(static_cast<int>(f.pixels)),
+        gated(f.w_gate.data != nullptr) {
     const int width = panels<T>(channels) * vectors_of_channels + panels<T>(hidden) * vectors_of_hidden;
     const int fit = budget / (width * kPanel<T> * static_cast<int>(sizeof(T)));
     const int largest = fit < kRows ? kRows : fit / kRows * kRows;
@@ -94,8 +97,8 @@ struct Plan {
 
 // Pack one patch's matrix and find its column scales.
 template <class T>
-void pack(const Matrices& source, DType dtype, std::int64_t patch, int rows, int columns, bool normalize, double eps,
-          Weight<T>& weight) {
+void pack(const Matrices& source, DType dtype, std::int64_t patch, int rows, int columns, bool normalize,
+          double eps, Weight<T>& weight) {
   const int padded = panels<T>(columns) * kPanel<T>;
   T* squares = weight.scale;
   for (int c = 0; c < padded; ++c) squares[c] = T(0);
@@ -131,8 +134,8 @@ void read_rows(const Matrices& source, DType dtype, std::int64_t patch, int firs
                Panels<T> target) {
   with_storage<T>(dtype, [&](auto storage) {
     using Stored = typename decltype(storage)::Stored;
-    const Stored* row = static_cast<const Stored*>(source.data) + patch * source.patch_stride +
-                        first * source.row_stride;
+    const Stored* row =
+        static_cast<const Stored*>(source.data) + patch * source.patch_stride + first * source.row_stride;
     for (int r = 0; r < rows; ++r, row += source.row_stride) unpack_row<T>(storage, row, columns, target, r);
   });
 }
@@ -155,7 +158,8 @@ void write_rows(Panels<T> values, const Matrices* base, DType dtype, std::int64_
   with_storage<T>(dtype, [&](auto storage) {
     using Stored = typename decltype(storage)::Stored;
     for (int r = 0; r < rows; ++r) {
-      Stored* out = static_cast<Stored*>(target.data) + patch * target.patch_stride + (first + r) * target.row_stride;
+      Stored* out =
+          static_cast<Stored*>(target.data) + patch * target.patch_stride + (first + r) * target.row_stride;
       const Stored* in = base ? static_cast<const Stored*>(base->data) + patch * base->patch_stride +
                                     (first + r) * base->row_stride
                               : nullptr;
@@ -175,12 +179,14 @@ T* padded_norm_weight(const NeuralField& f, Arena<T>& arena) {
   const int padded = panels<T>(f.channels) * kPanel<T>;
   T* weight = arena.vector(padded);
   if (weight) {
-    for (int c = 0; c < padded; ++c) weight[c] = c < f.channels ? static_cast<const T*>(f.norm_weight)[c] : T(0);
+    for (int c = 0; c < padded; ++c)
+      weight[c] = c < f.channels ? static_cast<const T*>(f.norm_weight)[c] : T(0);
   }
   return weight;
 }
 
-// C = A @ W for the pixels of a tile; each finished vector goes to function(vector, column) and its result to C.
+// C = A @ W for the pixels of a tile; each finished vector goes to function(vector, column) and its result to
+// C.
 template <class T, class Function>
 PIXNERD_INLINE void multiply_into(int rows, int columns, int depth, Panels<T> a, Panels<T> b, Panels<T> c,
                                   Function&& function) {
@@ -216,15 +222,15 @@ struct ForwardScratch {
 };
 
 template <class T, class Act>
-void forward_tile(const NeuralField& f, const Plan<T>& plan, const ForwardScratch<T>& s, std::int64_t patch, int first,
-                  const MutableMatrices& y) {
+void forward_tile(const NeuralField& f, const Plan<T>& plan, const ForwardScratch<T>& s, std::int64_t patch,
+                  int first, const MutableMatrices& y) {
   const int rows = at_most(plan.tile, plan.pixels - first), channels = plan.channels, hidden = plan.hidden;
   read_rows<T>(f.x, f.dtype, patch, first, rows, channels, s.n);
   if (s.norm_weight) rms_norm<T>(s.n, rows, channels, T(f.norm_eps), s.norm_weight, s.inverse);
   if (plan.gated) {
-    multiply_into<T>(rows, hidden, channels, s.n, s.w_gate.panels, s.gate, [&](Vec<T> v, int c, std::ptrdiff_t) {
-      return Act::value(v * load<T>(s.w_gate.scale + c));
-    });
+    multiply_into<T>(
+        rows, hidden, channels, s.n, s.w_gate.panels, s.gate,
+        [&](Vec<T> v, int c, std::ptrdiff_t) { return Act::value(v * load<T>(s.w_gate.scale + c)); });
     multiply_into<T>(rows, hidden, channels, s.n, s.w1.panels, s.h, [&](Vec<T> v, int c, std::ptrdiff_t at) {
       return v * load<T>(s.w1.scale + c) * load<T>(s.gate.data + at);
     });
@@ -266,10 +272,9 @@ void forward(const NeuralField& f, const MutableMatrices& y) {
 // ---- backward ----
 //
 // With g the incoming gradient and G = g * s2 (columns):
-//   dh = G @ w2^T;   plain: da = dh * act'(z1) * s1;   gated: da = dh * act(zg) * s1, db = dh * z1 * act'(zg) * sg
-//   dn = da @ w1^T + db @ w_gate^T
-//   dw1 = n^T da, dw_gate = n^T db, dw2 = h^T G, each less w s * columns_sum(w s * itself): the gradient of the
-//   scale, since n^T da already carries the factor s of dw.
+//   dh = G @ w2^T;   plain: da = dh * act'(z1) * s1;   gated: da = dh * act(zg) * s1, db = dh * z1 * act'(zg)
+//   * sg dn = da @ w1^T + db @ w_gate^T dw1 = n^T da, dw_gate = n^T db, dw2 = h^T G, each less w s *
+//   columns_sum(w s * itself): the gradient of the scale, since n^T da already carries the factor s of dw.
 
 template <class T>
 struct BackwardScratch {
@@ -280,7 +285,8 @@ struct BackwardScratch {
 
   BackwardScratch(const NeuralField& f, const Plan<T>& plan, Arena<T>& arena)
       : w1(arena.weight(plan.channels, plan.hidden)), w2(arena.weight(plan.hidden, plan.channels)) {
-    const int padded_channels = panels<T>(plan.channels) * kPanel<T>, padded_hidden = panels<T>(plan.hidden) * kPanel<T>;
+    const int padded_channels = panels<T>(plan.channels) * kPanel<T>,
+              padded_hidden = panels<T>(plan.hidden) * kPanel<T>;
     w1_t = arena.matrix(padded_hidden, plan.channels);
     w2_t = arena.matrix(padded_channels, plan.hidden);
     d_w1 = arena.matrix(padded_channels, plan.hidden);
@@ -333,7 +339,8 @@ void backward_hidden(const Plan<T>& plan, const BackwardScratch<T>& s, int rows)
 // From dn to the gradient of x, in place, and of the norm weight: with u = x * inverse and d = dn * weight,
 // dx = inverse * (d - u * mean(d * u)).
 template <class T>
-void rms_norm_backward(const NeuralField& f, const BackwardScratch<T>& s, std::int64_t patch, int first, int rows) {
+void rms_norm_backward(const NeuralField& f, const BackwardScratch<T>& s, std::int64_t patch, int first,
+                       int rows) {
   const int channels = f.channels;
   read_rows<T>(f.x, f.dtype, patch, first, rows, channels, s.g);
   for (int r = 0; r < rows; ++r) {
@@ -369,7 +376,8 @@ void backward_tile(const NeuralField& f, const NeuralFieldGradients& d, const Pl
     if (plan.gated) multiply_transposed<T>(channels, hidden, rows, s.n, s.db, s.d_w_gate, first > 0);
   }
   if (!d.x.data && !d.norm_weight) return;
-  multiply_into<T>(rows, channels, hidden, s.da, s.w1_t, s.dn, [](Vec<T> v, int, std::ptrdiff_t) { return v; });
+  multiply_into<T>(rows, channels, hidden, s.da, s.w1_t, s.dn,
+                   [](Vec<T> v, int, std::ptrdiff_t) { return v; });
   if (plan.gated) {
     multiply_into<T>(rows, channels, hidden, s.db, s.w_gate_t, s.dn,
                      [&](Vec<T> v, int, std::ptrdiff_t at) { return v + load<T>(s.dn.data + at); });
@@ -380,8 +388,8 @@ void backward_tile(const NeuralField& f, const NeuralFieldGradients& d, const Pl
 
 // Finish a weight's gradient and store it: out = d - w s * columns_sum(w s * d).
 template <class T>
-void write_weight_gradient(const Weight<T>& w, Panels<T> d, DType dtype, std::int64_t patch, int rows, int columns,
-                           const MutableMatrices& target) {
+void write_weight_gradient(const Weight<T>& w, Panels<T> d, DType dtype, std::int64_t patch, int rows,
+                           int columns, const MutableMatrices& target) {
   for (int c = 0; c < columns; c += kLanes<T>) {
     const Vec<T> slope = load<T>(w.slope + c);
     const auto at = [&](Panels<T> m, int r) { return m.row(c / kPanel<T>, r) + c % kPanel<T>; };
@@ -395,8 +403,8 @@ void write_weight_gradient(const Weight<T>& w, Panels<T> d, DType dtype, std::in
 }
 
 template <class T, class Act>
-void backward_patch(const NeuralField& f, const NeuralFieldGradients& d, const Plan<T>& plan, BackwardScratch<T>& s,
-                    std::int64_t patch, T* d_norm) {
+void backward_patch(const NeuralField& f, const NeuralFieldGradients& d, const Plan<T>& plan,
+                    BackwardScratch<T>& s, std::int64_t patch, T* d_norm) {
   const int channels = plan.channels, hidden = plan.hidden;
   pack<T>(f.w1, f.dtype, patch, channels, hidden, f.normalize_w1, f.weight_eps, s.w1);
   pack<T>(f.w2, f.dtype, patch, hidden, channels, f.normalize_w2, f.weight_eps, s.w2);
@@ -407,11 +415,13 @@ void backward_patch(const NeuralField& f, const NeuralFieldGradients& d, const P
     transpose<T>(channels, hidden, s.w_gate.panels, s.w_gate_t);
   }
   for (int c = 0; c < round_up(channels, kLanes<T>); ++c) s.d_norm[c] = T(0);
-  for (int first = 0; first < plan.pixels; first += plan.tile) backward_tile<T, Act>(f, d, plan, s, patch, first);
+  for (int first = 0; first < plan.pixels; first += plan.tile)
+    backward_tile<T, Act>(f, d, plan, s, patch, first);
   if (d.w1.data) {
     write_weight_gradient<T>(s.w1, s.d_w1, f.dtype, patch, channels, hidden, d.w1);
     write_weight_gradient<T>(s.w2, s.d_w2, f.dtype, patch, hidden, channels, d.w2);
-    if (plan.gated) write_weight_gradient<T>(s.w_gate, s.d_w_gate, f.dtype, patch, channels, hidden, d.w_gate);
+    if (plan.gated)
+      write_weight_gradient<T>(s.w_gate, s.d_w_gate, f.dtype, patch, channels, hidden, d.w_gate);
   }
   if (d_norm) {
     for (int c = 0; c < channels; ++c) d_norm[c] = s.d_norm[c];
@@ -424,9 +434,11 @@ void backward(const NeuralField& f, const NeuralFieldGradients& d) {
   Arena<T> measure(nullptr);
   BackwardScratch<T>(f, plan, measure);
   const Scratch scratch(measure.used(), workers_for(f.patches, f.threads));
-  // One row of partial sums per patch, added up in the order of the patches: the same bits on any number of threads.
+  // One row of partial sums per patch, added up in the order of the patches: the same bits on any number of
+  // threads.
   const bool wants_norm = d.norm_weight != nullptr;
-  const Scratch partial_memory(wants_norm ? static_cast<std::size_t>(f.patches) * f.channels * sizeof(T) : 1, 1);
+  const Scratch partial_memory(wants_norm ? static_cast<std::size_t>(f.patches) * f.channels * sizeof(T) : 1,
+                               1);
   T* partials = wants_norm ? static_cast<T*>(partial_memory.slice(0)) : nullptr;
   parallel_for(f.patches, f.threads, [&](int worker, std::int64_t patch) {
     Arena<T> arena(scratch.slice(worker));

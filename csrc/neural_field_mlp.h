@@ -37,18 +37,18 @@ struct NeuralField {
   bool normalize_w1, normalize_w2, normalize_w_gate;
   double norm_eps, weight_eps;
   int threads;
-  Matrices x;                // [patches, pixels, channels]
-  Matrices w1;               // [patches, channels, hidden]
-  Matrices w2;               // [patches, hidden, channels]
-  Matrices w_gate;           // [patches, channels, hidden]; null for the plain form
-  const void* norm_weight;   // [channels] in the computed type (double for float64, else float); null for none
+  Matrices x;               // [patches, pixels, channels]
+  Matrices w1;              // [patches, channels, hidden]
+  Matrices w2;              // [patches, hidden, channels]
+  Matrices w_gate;          // [patches, channels, hidden]; null for the plain form
+  const void* norm_weight;  // [channels] in the computed type (double for float64, else float); null for none
 };
 
 struct NeuralFieldGradients {
-  Matrices y;                // the incoming gradient [patches, pixels, channels]
-  MutableMatrices x;         // null where not wanted, like those below
+  Matrices y;                      // the incoming gradient [patches, pixels, channels]
+  MutableMatrices x;               // null where not wanted, like those below
   MutableMatrices w1, w2, w_gate;  // all wanted or none
-  void* norm_weight;         // [channels] in the computed type
+  void* norm_weight;               // [channels] in the computed type
 };
 
 // y [patches, pixels, channels], written once. Throws std::bad_alloc.

@@ -13,7 +13,8 @@ void for_columns(const ColumnNorm& n, Function&& function) {
   parallel_for(n.outer * blocks, n.threads, [&](int, std::int64_t item) {
     const std::int64_t first = item % blocks * kLanes<T>;
     const std::int64_t left = n.columns - first;
-    function(item / blocks * n.rows * n.columns + first, static_cast<int>(left < kLanes<T> ? left : kLanes<T>));
+    function(item / blocks * n.rows * n.columns + first,
+             static_cast<int>(left < kLanes<T> ? left : kLanes<T>));
   });
 }
 
@@ -55,7 +56,8 @@ void normalize_weights_forward(const ColumnNorm& n, void* out) {
       const Vec<T> inverse = inverse_norm<T>(squares, T(n.eps), slope);
       for (std::int64_t r = 0; r < n.rows; ++r) {
         const std::int64_t row = at + r * n.columns;
-        store_columns<T>(storage, target + row, 0, lanes, load_columns<T>(storage, w + row, 0, lanes) * inverse);
+        store_columns<T>(storage, target + row, 0, lanes,
+                         load_columns<T>(storage, w + row, 0, lanes) * inverse);
       }
     });
   });

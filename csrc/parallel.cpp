@@ -13,10 +13,10 @@
 namespace pixnerd {
 namespace {
 
-// GOMP_parallel is the stable entry point that GCC's `#pragma omp parallel` calls; libgomp defines it and LLVM's
-// and Intel's runtimes do too on Linux. Looking it up in whatever torch has loaded, in place of linking to a
-// library of a fixed name, keeps one runtime (and one thread pool) in the process: torch's wheels have carried
-// libgomp under several names.
+// GOMP_parallel is the stable entry point that GCC's `#pragma omp parallel` calls; libgomp defines it and
+// LLVM's and Intel's runtimes do too on Linux. Looking it up in whatever torch has loaded, in place of
+// linking to a library of a fixed name, keeps one runtime (and one thread pool) in the process: torch's
+// wheels have carried libgomp under several names.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 struct Runtime {
@@ -29,7 +29,8 @@ int visit(dl_phdr_info* info, std::size_t, void* data) {
   auto* runtime = static_cast<Runtime*>(data);
   const std::string path = info->dlpi_name ? info->dlpi_name : "";
   const std::string name = path.substr(path.rfind('/') + 1);
-  if (name.rfind("libgomp", 0) != 0 && name.rfind("libiomp5", 0) != 0 && name.rfind("libomp", 0) != 0) return 0;
+  if (name.rfind("libgomp", 0) != 0 && name.rfind("libiomp5", 0) != 0 && name.rfind("libomp", 0) != 0)
+    return 0;
   void* handle = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   if (!handle) return 0;
   runtime->parallel = reinterpret_cast<GompParallel>(dlsym(handle, "GOMP_parallel"));
@@ -59,7 +60,8 @@ struct Loop {
 
   void run() {
     const int worker = workers.fetch_add(1, std::memory_order_relaxed);
-    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, worker, i);
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+      body(context, worker, i);
   }
 };
 

@@ -14,8 +14,8 @@ using LoopBody = void (*)(void* context, int worker, std::int64_t index);
 // How many workers parallel_for uses at most.
 int workers_for(std::int64_t count, int threads);
 
-// Call body(context, worker, i) once for every i in [0, count) on workers 0 ... workers_for(count, threads) - 1;
-// indices are handed out in order, whichever worker is free takes the next. `body` must not throw.
+// Call body(context, worker, i) once for every i in [0, count) on workers 0 ... workers_for(count, threads) -
+// 1; indices are handed out in order, whichever worker is free takes the next. `body` must not throw.
 void parallel_for(std::int64_t count, int threads, LoopBody body, void* context);
 
 template <class Function>

@@ -22,7 +22,5 @@ def forward(
 ) -> Tensor:
     """The table [height * width, max_freqs^2], contiguous."""
     table = torch.empty(height * width, max_freqs * max_freqs, dtype=torch.float64, device=device)
-    native().coordinate_encoding(
-        height, width, max_freqs, _KINDS[kind], scale_x, scale_y, table.data_ptr()
-    )
+    native().coordinate_encoding(height, width, max_freqs, _KINDS[kind], scale_x, scale_y, table.data_ptr())
     return table.to(dtype)

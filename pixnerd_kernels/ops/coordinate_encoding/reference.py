@@ -18,6 +18,7 @@ rope, the official text-to-image PixNerd (its rotary table's real part); sincos,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def _grid(table_x: Tensor, table_y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dct(height: int, width: int, frequencies: Tensor, weights: Tensor) -> Tensor:
-    like = {"dtype": torch.float64, "device": frequencies.device}
+    like: dict[str, Any] = {"dtype": torch.float64, "device": frequencies.device}
     u_x, u_y = torch.linspace(0, 1, width, **like), torch.linspace(0, 1, height, **like)
     x = torch.cos(math.pi * torch.outer(u_x, frequencies))
     y = torch.cos(math.pi * torch.outer(u_y, frequencies))
@@ -51,7 +52,7 @@ def forward(
 ) -> Tensor:
     """The table [height * width, max_freqs^2], contiguous."""
     count = max_freqs
-    like = {"dtype": torch.float64, "device": device}
+    like: dict[str, Any] = {"dtype": torch.float64, "device": device}
     if kind in ("dct", "dct_integer"):
         f = torch.linspace(0, count if kind == "dct" else count - 1, count, **like)
         table = _dct(height, width, f, 1 / (1 + torch.outer(f, f)))

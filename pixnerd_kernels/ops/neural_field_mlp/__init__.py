@@ -232,9 +232,7 @@ def _backend(x: Tensor, forced: str) -> Any:
 
 # The op itself. Schemas end in the same options in all four ops; `forced` names the forced backend or is empty,
 # and travels to backward as an argument so that both passes take the same one.
-_OPTIONS = (
-    "bool[] normalize, str activation, bool residual, float norm_eps, float weight_eps, str forced"
-)
+_OPTIONS = "bool[] normalize, str activation, bool residual, float norm_eps, float weight_eps, str forced"
 _WEIGHTS = "Tensor w1, Tensor w2, Tensor? w_gate, Tensor? norm_weight"
 _PACKED = "Tensor params, Tensor? norm_weight, int hidden, bool gated"
 
@@ -249,7 +247,9 @@ def _backward(grad, x, w1, w2, w_gate, norm_weight, need_x, need_weights, *optio
     targets = [torch.empty_like(w, memory_format=torch.contiguous_format) if need_weights else None
                for w in (w1, w2)]  # fmt: skip
     if w_gate is not None:
-        targets.append(torch.empty_like(w_gate, memory_format=torch.contiguous_format) if need_weights else None)
+        targets.append(
+            torch.empty_like(w_gate, memory_format=torch.contiguous_format) if need_weights else None
+        )
     else:
         targets.append(None)
     dx, d_norm = _run_backward(grad, x, (w1, w2, w_gate), norm_weight, need_x, targets, options, forced)
@@ -260,9 +260,7 @@ def _packed_forward(x, params, norm_weight, hidden, gated, *options):  # type: i
     return _forward(x, *_split(params, x.shape[2], hidden, gated), norm_weight, *options)
 
 
-def _packed_backward(
-    grad, x, params, norm_weight, hidden, gated, need_x, need_weights, *options
-):  # type: ignore[no-untyped-def]
+def _packed_backward(grad, x, params, norm_weight, hidden, gated, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
     *options, forced = options
     d_params = torch.empty_like(params, memory_format=torch.contiguous_format) if need_weights else None
     targets = [None] * 3 if d_params is None else list(_split(d_params, x.shape[2], hidden, gated))
@@ -303,9 +301,7 @@ def _fake_backward(grad, x, w1, w2, w_gate, norm_weight, need_x, need_weights, *
     return [_dense(x, x, need_x), *weights, _dense(norm_weight, x)]
 
 
-def _fake_packed_backward(
-    grad, x, params, norm_weight, hidden, gated, need_x, need_weights, *options
-):  # type: ignore[no-untyped-def]
+def _fake_packed_backward(grad, x, params, norm_weight, hidden, gated, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
     return [_dense(x, x, need_x), _dense(params, x, need_weights), _dense(norm_weight, x)]
 
 
