@@ -89,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         "results": [],
     }
     print(provenance.summary(document["provenance"]), flush=True)
+    if busy := provenance.busy(document["provenance"]):
+        print(f"warning: {busy}", flush=True)
     try:
         for index, job in enumerate(jobs, 1):
             print(f"[{index}/{len(jobs)}] {job.case}, malloc {job.malloc}", file=sys.stderr, flush=True)
@@ -179,7 +181,7 @@ def _save(path: Path | None, document: dict[str, Any]) -> None:
 
 
 def _write(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
-    print(tables.LEGEND)
+    """Files first: a closed stdout must not cost them."""
     _save(arguments.json, document)
     if arguments.markdown:
         arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +191,7 @@ def _write(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
             plot.bars(document, arguments.plot)
         except (ValueError, ImportError) as error:
             print(f"no plot: {error}", file=sys.stderr)
+    print(tables.LEGEND)
     for path in (arguments.json, arguments.markdown, arguments.plot):
         if path and path.exists():
             print(f"wrote {path}")

@@ -56,6 +56,17 @@ def summary(provenance: dict[str, Any]) -> str:
     )
 
 
+def busy(provenance: dict[str, Any]) -> str:
+    """A warning when other work takes more than a quarter of the cores, and an empty string otherwise.
+
+    OpenMP's barriers spin: threads that share a core with other work can make a call many times slower.
+    """
+    load, cores = provenance["load_average"], provenance["cores"]
+    if load is None or load <= cores / 4:
+        return ""
+    return f"the load average is {load:.1f} on {cores} cores: other work ran just now; do not trust these timings"
+
+
 def _cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

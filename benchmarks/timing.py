@@ -20,8 +20,8 @@ MIN_SAMPLE = 1e-3
 class Budget:
     """How long to measure: rounds until `seconds` would be spent, within the two bounds.
 
-    malloc's heap settles only after several calls: each task is warmed up by 10, or as many as `warm_up` seconds
-    hold, and by 2 at least.
+    malloc's heap settles only after several calls: each task is warmed up by 10, or as many as `warm_up`
+    seconds hold, and by 2 at least.
     """
 
     seconds: float = 10.0

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Last, so that an installed package is not shadowed by the checkout.
 sys.path.append(str(ROOT))
 
-from benchmarks import ops, tables, worker  # noqa: E402
+from benchmarks import ops, provenance, tables, worker  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.check import Truth  # noqa: E402
 from benchmarks.memory import allocation_peak  # noqa: E402
@@ -146,10 +146,10 @@ def test_the_json_tells_where_it_comes_from(run: Any) -> None:
     assert [(r["case"], r["malloc"]) for r in document["results"]] == [
         (case, malloc) for case in (FORWARD, TRAINING) for malloc in ("default", "tuned")
     ]
-    provenance = document["provenance"]
+    where = document["provenance"]
     for key in ("cpu", "cores", "threads", "isa", "torch", "python", "pixnerd_kernels", "command", "date"):
-        assert provenance[key], key
-    assert {"commit", "dirty"} <= provenance.keys()
+        assert where[key], key
+    assert {"commit", "dirty"} <= where.keys()
     result = document["results"][0]
     assert result["backend"] in ("cpu", "reference")
     ours = result["providers"]["ours"]
@@ -157,6 +157,12 @@ def test_the_json_tells_where_it_comes_from(run: Any) -> None:
     assert ours["memory"]["peak"] >= ours["memory"]["without_results"] >= 0
     assert ours["time_over_ours"] == 1
     assert any(row["label"] == "the full op" for row in result["breakdown"])
+
+
+def test_a_busy_machine_is_told() -> None:
+    assert "3.0 on 2 cores" in provenance.busy({"load_average": 3.0, "cores": 2})
+    assert not provenance.busy({"load_average": 0.3, "cores": 2})
+    assert not provenance.busy({"load_average": None, "cores": 2})
 
 
 def test_an_interrupted_run_keeps_its_results(run: Any) -> None:
