@@ -110,7 +110,7 @@ def _errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
 
 def _field_case(size: tuple[int, int, int], gated: bool, packed: bool, options: Mapping[str, Any]) -> Case:
     pixels, channels, hidden = size
-    patches = 3
+    patches = 2
     settings = {name: value for name, value in options.items() if name != "norm"}
     normed = options.get("norm", True)
 
