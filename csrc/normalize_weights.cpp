@@ -6,19 +6,29 @@
 namespace pixnerd::PIXNERD_ISA {
 namespace {
 
-// A worker takes one vector of neighbouring columns of one matrix: two passes over its rows.
+// Columns that a worker takes at a time: rows are read as runs of this length, and the sums stay in cache.
+constexpr int kChunk = 512;
+
+template <class T>
+struct Sums {
+  T squares[kChunk];
+  T dots[kChunk];
+};
+
+// function(sums, offset of the first element, columns) for every chunk of columns of every matrix.
 template <class T, class Function>
-void for_columns(const ColumnNorm& n, Function&& function) {
-  const std::int64_t blocks = (n.columns + kLanes<T> - 1) / kLanes<T>;
-  parallel_for(n.outer * blocks, n.threads, [&](int, std::int64_t item) {
-    const std::int64_t first = item % blocks * kLanes<T>;
-    const std::int64_t left = n.columns - first;
-    function(item / blocks * n.rows * n.columns + first,
-             static_cast<int>(left < kLanes<T> ? left : kLanes<T>));
+void for_chunks(const ColumnNorm& n, Function&& function) {
+  const std::int64_t chunks = (n.columns + kChunk - 1) / kChunk;
+  parallel_for(n.outer * chunks, n.threads, [&](int, std::int64_t item) {
+    const std::int64_t first = item % chunks * kChunk, left = n.columns - first;
+    Sums<T> sums;
+    for (int c = 0; c < kChunk; ++c) sums.squares[c] = sums.dots[c] = T(0);
+    function(sums, item / chunks * n.rows * n.columns + first,
+             static_cast<int>(left < kChunk ? left : kChunk));
   });
 }
 
-// Call function(row pointer) ... in the stored type of n.dtype, T being the type computed in.
+// Call function(a value of the type computed in, the storage of n.dtype).
 template <class Function>
 void dispatch(const ColumnNorm& n, Function&& function) {
   if (n.dtype == DType::kFloat64) {
@@ -28,15 +38,16 @@ void dispatch(const ColumnNorm& n, Function&& function) {
   }
 }
 
+// Replace sums of squares by 1 / max(norm, eps), and dot products by the projection's factor: dot *
+// inverse^2, or zero where the norm is clamped.
 template <class T>
-PIXNERD_INLINE Vec<T> inverse_norm(Vec<T> squares, T eps, Vec<T>& slope) {
-  Vec<T> inverse;
-  for (int i = 0; i < kLanes<T>; ++i) {
-    const T norm = square_root(squares[i]);
-    inverse[i] = T(1) / (norm < eps ? eps : norm);
-    slope[i] = norm < eps ? T(0) : inverse[i];
+void finish(Sums<T>& sums, int columns, T eps) {
+  for (int c = 0; c < columns; ++c) {
+    const T norm = square_root(sums.squares[c]);
+    const T inverse = T(1) / (norm < eps ? eps : norm);
+    sums.dots[c] = norm < eps ? T(0) : sums.dots[c] * inverse * inverse;
+    sums.squares[c] = inverse;
   }
-  return inverse;
 }
 
 }  // namespace
@@ -45,19 +56,21 @@ void normalize_weights_forward(const ColumnNorm& n, void* out) {
   dispatch(n, [&](auto type, auto storage) {
     using T = decltype(type);
     using Stored = typename decltype(storage)::Stored;
-    const auto* w = static_cast<const Stored*>(n.w);
-    auto* target = static_cast<Stored*>(out);
-    for_columns<T>(n, [&](std::int64_t at, int lanes) {
-      Vec<T> squares{}, slope;
+    for_chunks<T>(n, [&](Sums<T>& sums, std::int64_t at, int columns) {
+      const Stored* w = static_cast<const Stored*>(n.w) + at;
+      Stored* target = static_cast<Stored*>(out) + at;
       for (std::int64_t r = 0; r < n.rows; ++r) {
-        const Vec<T> v = load_columns<T>(storage, w + at + r * n.columns, 0, lanes);
-        squares += v * v;
+        for (int c = 0; c < columns; c += kLanes<T>) {
+          const Vec<T> v = load_columns<T>(storage, w + r * n.columns, c, columns);
+          store<T>(sums.squares + c, load<T>(sums.squares + c) + v * v);
+        }
       }
-      const Vec<T> inverse = inverse_norm<T>(squares, T(n.eps), slope);
+      finish<T>(sums, columns, T(n.eps));
       for (std::int64_t r = 0; r < n.rows; ++r) {
-        const std::int64_t row = at + r * n.columns;
-        store_columns<T>(storage, target + row, 0, lanes,
-                         load_columns<T>(storage, w + row, 0, lanes) * inverse);
+        for (int c = 0; c < columns; c += kLanes<T>) {
+          const Vec<T> v = load_columns<T>(storage, w + r * n.columns, c, columns);
+          store_columns<T>(storage, target + r * n.columns, c, columns, v * load<T>(sums.squares + c));
+        }
       }
     });
   });
@@ -68,23 +81,26 @@ void normalize_weights_backward(const ColumnNorm& n, const void* grad, void* out
   dispatch(n, [&](auto type, auto storage) {
     using T = decltype(type);
     using Stored = typename decltype(storage)::Stored;
-    const auto* w = static_cast<const Stored*>(n.w);
-    const auto* g = static_cast<const Stored*>(grad);
-    auto* target = static_cast<Stored*>(out);
-    for_columns<T>(n, [&](std::int64_t at, int lanes) {
-      Vec<T> squares{}, dot{}, slope;
+    for_chunks<T>(n, [&](Sums<T>& sums, std::int64_t at, int columns) {
+      const Stored* w = static_cast<const Stored*>(n.w) + at;
+      const Stored* g = static_cast<const Stored*>(grad) + at;
+      Stored* target = static_cast<Stored*>(out) + at;
       for (std::int64_t r = 0; r < n.rows; ++r) {
-        const Vec<T> v = load_columns<T>(storage, w + at + r * n.columns, 0, lanes);
-        squares += v * v;
-        dot += v * load_columns<T>(storage, g + at + r * n.columns, 0, lanes);
+        for (int c = 0; c < columns; c += kLanes<T>) {
+          const Vec<T> v = load_columns<T>(storage, w + r * n.columns, c, columns);
+          const Vec<T> d = load_columns<T>(storage, g + r * n.columns, c, columns);
+          store<T>(sums.squares + c, load<T>(sums.squares + c) + v * v);
+          store<T>(sums.dots + c, load<T>(sums.dots + c) + v * d);
+        }
       }
-      const Vec<T> inverse = inverse_norm<T>(squares, T(n.eps), slope);
-      const Vec<T> projection = dot * slope * slope;
+      finish<T>(sums, columns, T(n.eps));
       for (std::int64_t r = 0; r < n.rows; ++r) {
-        const std::int64_t row = at + r * n.columns;
-        const Vec<T> v = load_columns<T>(storage, w + row, 0, lanes);
-        const Vec<T> d = (load_columns<T>(storage, g + row, 0, lanes) - v * projection) * inverse;
-        store_columns<T>(storage, target + row, 0, lanes, d);
+        for (int c = 0; c < columns; c += kLanes<T>) {
+          const Vec<T> v = load_columns<T>(storage, w + r * n.columns, c, columns);
+          const Vec<T> d = load_columns<T>(storage, g + r * n.columns, c, columns);
+          const Vec<T> result = (d - v * load<T>(sums.dots + c)) * load<T>(sums.squares + c);
+          store_columns<T>(storage, target + r * n.columns, c, columns, result);
+        }
       }
     });
   });
