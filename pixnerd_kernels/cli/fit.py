@@ -27,7 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("image", metavar="IMAGE", help=f"an image file, or {' or '.join(pictures.SAMPLES)}")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (./demo)")
     parser.add_argument("--size", type=integer(1), default=448, help="longest side in pixels (448)")
-    parser.add_argument("--steps", type=integer(1), default=120, help="optimisation steps (120)")
+    parser.add_argument("--steps", type=integer(1), default=150, help="optimisation steps (150)")
     parser.add_argument("--patch", type=integer(2), default=16, help="pixels of a patch's side (16)")
     parser.add_argument("--channels", type=integer(1), default=64, help="D1 of the fields (64)")
     parser.add_argument("--hidden", type=integer(1), default=128, help="D2 of the fields (128)")

@@ -81,23 +81,38 @@ def _evaluate(function: Function, inputs: dict[str, Tensor], upstream: Tensor) -
     return {name: t.detach().double().cpu() for name, t in {"output": out, **named}.items()}
 
 
-def _compare(op: Function, formula: Function, inputs: dict[str, Tensor], upstream: Tensor) -> list[Result]:
-    """Run the op, the plain formula at the op's dtype, and the formula in float64."""
-    dtype = upstream.dtype
-    out = _evaluate(op, inputs, upstream)
+def _expect(
+    formula: Function, inputs: dict[str, Tensor], upstream: Tensor
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The truth of the output and every gradient, and the error of plain PyTorch at the op's dtype."""
     truth = _evaluate(formula, _cast(inputs, torch.float64), upstream.double().cpu())
-    if dtype == torch.float64:
-        # No wider type stands beside float64, but rounding errors are proportional to eps: what plain float64
-        # makes is what plain float32 makes, scaled. The truth carries one such error too: 3 of them, not 2.
-        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        narrow = _cast(inputs, torch.float32)
-        narrow_truth = _evaluate(formula, _cast(narrow, torch.float64), upstream.float().double().cpu())
-        plain_error = _errors(_evaluate(formula, narrow, upstream.float().cpu()), narrow_truth)
-        plain_error = {name: 1.5 * ratio * error for name, error in plain_error.items()}
-    else:
-        plain_error = _errors(_evaluate(formula, inputs, upstream), truth)
-    dtypes = {"output": dtype, **{f"grad of {name}": tensor.dtype for name, tensor in inputs.items()}}
-    return [Result(name, out[name], truth[name], plain_error[name], dtypes[name]) for name in truth]
+    if upstream.dtype != torch.float64:
+        return truth, _errors(_evaluate(formula, inputs, upstream), truth)
+    # No wider type stands beside float64, but rounding errors are proportional to eps: what plain float64
+    # makes is what plain float32 makes, scaled. The truth carries one such error too: 3 of them, not 2.
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    narrow = _cast(inputs, torch.float32)
+    narrow_truth = _evaluate(formula, _cast(narrow, torch.float64), upstream.float().double().cpu())
+    errors = _errors(_evaluate(formula, narrow, upstream.float().cpu()), narrow_truth)
+    return truth, {name: 1.5 * ratio * error for name, error in errors.items()}
+
+
+class _Comparison:
+    """Holds an op against its formula; what is expected is computed once for all backends."""
+
+    def __init__(self, op: Function, formula: Function) -> None:
+        self.op, self.formula = op, formula
+        self.expected: dict[tuple[torch.device, torch.dtype], tuple[dict[str, Tensor], dict[str, float]]] = {}
+
+    def __call__(self, inputs: dict[str, Tensor], upstream: Tensor) -> list[Result]:
+        key = (upstream.device, upstream.dtype)
+        if key not in self.expected:
+            self.expected[key] = _expect(self.formula, inputs, upstream)
+        truth, plain_error = self.expected[key]
+        out = _evaluate(self.op, inputs, upstream)
+        dtypes = {"output": upstream.dtype}
+        dtypes |= {f"grad of {name}": tensor.dtype for name, tensor in inputs.items()}
+        return [Result(name, out[name], truth[name], plain_error[name], dtypes[name]) for name in truth]
 
 
 def _cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -130,6 +145,8 @@ def _field_case(size: tuple[int, int, int], gated: bool, packed: bool, options: 
             return pk.neural_field_mlp_packed(**t, hidden=hidden, gated=gated, **settings)  # type: ignore[arg-type]
         return pk.neural_field_mlp(**t, **settings)  # type: ignore[arg-type]
 
+    compare = _Comparison(op, formula)
+
     def run(device: torch.device, dtype: torch.dtype) -> list[Result]:
         generator = torch.Generator().manual_seed(pixels * 1000 + channels + hidden)
 
@@ -145,7 +162,7 @@ def _field_case(size: tuple[int, int, int], gated: bool, packed: bool, options: 
                 inputs["w_gate"] = draw(patches, channels, hidden)
         if normed:
             inputs["norm_weight"] = 1 + draw(channels) / 4
-        return _compare(op, formula, inputs, draw(patches, pixels, channels))
+        return compare(inputs, draw(patches, pixels, channels))
 
     name = "neural_field_mlp_packed" if packed else "neural_field_mlp"
     label = f"S={pixels} D1={channels} D2={hidden}{' gated' if gated else ''} {dict(options) or ''}".rstrip()
@@ -153,17 +170,16 @@ def _field_case(size: tuple[int, int, int], gated: bool, packed: bool, options: 
 
 
 def _weights_case(shape: tuple[int, ...], dim: int) -> Case:
+    compare = _Comparison(
+        lambda w: pk.normalize_weights(w, dim), lambda w: plain.normalize_weights(w, dim, 1e-12)
+    )
+
     def run(device: torch.device, dtype: torch.dtype) -> list[Result]:
         generator = torch.Generator().manual_seed(sum(shape))
         w, upstream = (
             torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(2)
         )
-        return _compare(
-            lambda w: pk.normalize_weights(w, dim),
-            lambda w: plain.normalize_weights(w, dim, 1e-12),
-            {"w": w},
-            upstream,
-        )
+        return compare({"w": w}, upstream)
 
     return Case("normalize_weights", "normalize_weights", f"{list(shape)} dim={dim}", run)
 
