@@ -203,7 +203,9 @@ def _check_options(
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast to the autocast dtype where autocast is on for the first tensor's device; float64 is left alone."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
+        return tensors
+    if not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     eligible = (torch.float32, torch.bfloat16, torch.float16)
@@ -239,7 +241,9 @@ _PACKED = "Tensor params, Tensor? norm_weight, int hidden, bool gated"
 
 def _forward(x, w1, w2, w_gate, norm_weight, *options):  # type: ignore[no-untyped-def]
     *options, forced = options
-    return _backend(x, forced).forward(x, w1, w2, w_gate, norm_weight, *options)
+    # Autocast has cast the inputs already; inside the op it would round the reference's intermediates.
+    with torch._C._DisableAutocast():
+        return _backend(x, forced).forward(x, w1, w2, w_gate, norm_weight, *options)
 
 
 def _backward(grad, x, w1, w2, w_gate, norm_weight, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
@@ -273,7 +277,8 @@ def _run_backward(grad, x, weights, norm_weight, need_x, targets, options, force
     """Run the chosen backend's backward; weight gradients are written into `targets` (None: not wanted)."""
     backend = _backend(x, forced)
     if backend is reference:
-        dx, *d_weights, d_norm = reference.backward(grad, x, *weights, norm_weight, *options)
+        with torch._C._DisableAutocast():
+            dx, *d_weights, d_norm = reference.backward(grad, x, *weights, norm_weight, *options)
         for target, gradient in zip(targets, d_weights, strict=True):
             if target is not None:
                 target.copy_(gradient)

@@ -1,0 +1,122 @@
+"""The backends that every op is tested on, and the proof that the compiled core ran where it should have."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from pixnerd_kernels import backends, use_backend
+
+ISAS = ("portable", "avx2", "avx512")
+KERNELS = (
+    "coordinate_encoding",
+    "neural_field_mlp_backward",
+    "neural_field_mlp_forward",
+    "normalize_weights",
+)
+SKIP_NATIVE = os.environ.get("PIXNERD_SKIP_NATIVE", "").lower() not in ("", "0", "false", "no", "off")
+
+
+@dataclass
+class Backend:
+    """A forced backend, and how often each kernel of the core was called since the test began."""
+
+    name: str
+    calls: Counter = field(default_factory=Counter)
+    may_idle: bool = False  # set by tests whose work never reaches a kernel, such as empty batches
+
+    @property
+    def compiled(self) -> bool:
+        return self.name == "cpu"
+
+
+def compiled_core():
+    """The compiled core. A missing one fails the test, unless PIXNERD_SKIP_NATIVE asks for a run without it."""
+    if SKIP_NATIVE:
+        pytest.skip("PIXNERD_SKIP_NATIVE is set: a run without the compiled core")
+    try:
+        return backends.native()
+    except NotImplementedError as error:
+        pytest.fail(str(error))
+
+
+def spied(core, patch: pytest.MonkeyPatch) -> Counter:
+    calls: Counter = Counter()
+
+    def counting(name):
+        kernel = getattr(core, name)
+
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return kernel(*args, **kwargs)
+
+        return call
+
+    for name in KERNELS:
+        patch.setattr(core, name, counting(name))
+    return calls
+
+
+def forced(parameter: str, patch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """`reference`, `cpu` (the best instruction set) or `cpu-<instruction set>`, forced until the test is over."""
+    name, _, isa = parameter.partition("-")
+    if name == "reference":
+        core, calls = backends._load_native()[0], Counter()
+    else:
+        core = compiled_core()
+        if isa and isa not in core.isas():
+            pytest.skip(f"this processor does not run {isa}")
+        calls = Counter()
+    if core is not None:
+        calls = spied(core, patch)
+        before = core.isa()
+        core.set_isa(isa or "auto")
+    backend = Backend(name, calls)
+    with use_backend(name):
+        yield backend
+    if core is not None:
+        core.set_isa(before)
+    if name == "reference":
+        assert not calls, f"the reference was forced, but the core ran: {dict(calls)}"
+    else:
+        assert calls or backend.may_idle, "the compiled core was forced, but did not run"
+
+
+@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS)])
+def backend(request, monkeypatch):
+    """Every backend, the compiled core once for each of its instruction sets."""
+    yield from forced(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[f"cpu-{isa}" for isa in ISAS])
+def compiled(request, monkeypatch):
+    """The compiled core, once for each of its instruction sets."""
+    yield from forced(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def any_isa(request, monkeypatch):
+    """Every backend, for tests of what happens around a kernel."""
+    yield from forced(request.param, monkeypatch)
+
+
+@pytest.fixture
+def core():
+    return compiled_core()
+
+
+@pytest.fixture
+def core_calls(core, monkeypatch):
+    """How often each kernel of the core was called, for tests that force several backends."""
+    return spied(core, monkeypatch)
+
+
+@pytest.fixture
+def threads():
+    """Restores torch's thread count; call it to set one."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
