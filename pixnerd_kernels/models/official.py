@@ -108,8 +108,10 @@ def _read(path: Path) -> Mapping[str, object]:
         except RuntimeError:  # not a zip archive: the format before torch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # Torch's message advises to switch the protection off; only its reason is of use.
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or "unreadable"
         raise ValueError(
-            f"{path}: refused, because it is damaged or holds more than tensors and plain values: {error}"
+            f"{path}: refused, because it is damaged or holds more than tensors and plain values: {reason}"
         ) from error
     except Exception as error:
         raise ValueError(f"{path}: not a readable checkpoint: {type(error).__name__}: {error}") from error

@@ -1,0 +1,154 @@
+"""Drawing images of given classes with a class-to-image model, and putting them into files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.diffusion.solvers import sample
+from pixnerd_kernels.models import PixNerd
+from pixnerd_kernels.nn import scaled_patch
+
+#: Images that go through the model at once; part of what makes a drawing reproducible to the bit.
+BATCH = 64
+
+
+def decoder_scale(model: PixNerd, size: int, trained_size: int) -> tuple[float, float]:
+    """The scale that makes a model trained on square images of `trained_size` pixels draw `size` pixels.
+
+    Raises:
+        ValueError: the patches do not tile that size; the message names the sizes around it that work.
+    """
+    patch = model.config.patch_size
+    if trained_size % patch or trained_size <= 0:
+        raise ValueError(f"trained_size: expected a multiple of the patch size {patch}, got {trained_size}")
+    rows = trained_size // patch
+    scale = size / trained_size
+    if size <= 0 or scaled_patch(patch, (scale, scale))[0] * rows != size:
+        below = max(size // rows, 1) * rows
+        raise ValueError(
+            f"size: expected a multiple of {rows}, the patches along an edge of this model's images "
+            f"(such as {below} or {below + rows}), got {size}"
+        )
+    return scale, scale
+
+
+def draw(
+    model: PixNerd,
+    classes: Sequence[int],
+    size: int,
+    *,
+    trained_size: int,
+    seed: int = 0,
+    on_step: Callable[[int, Tensor], None] | None = None,
+    **solver: object,
+) -> Tensor:
+    """One square image for each entry of `classes`: [n, C, size, size] in about [-1, 1], float32 on the CPU.
+
+    Image i depends on the seed, i and its class alone (to rounding: not on how many are drawn).
+
+    Args:
+        classes: class ids.
+        size, trained_size: pixels of an edge, to draw and as trained.
+        on_step: called with the number of solver steps done and the images of one batch of at most `BATCH`.
+        solver: arguments of `sample`: solver, num_steps, order, guidance ...
+
+    Raises:
+        TypeError, ValueError: a class out of range, or a size that the patches do not tile.
+    """
+    problems = Problems("draw")
+    for label in dict.fromkeys(classes):
+        if not 0 <= label < model.null_class:
+            problems.add("class", f"a class from 0 to {model.null_class - 1}", label)
+    problems.raise_if_any()
+    scale = decoder_scale(model, size, trained_size)
+    parameter = next(model.parameters())
+    shape = (model.config.in_channels, size, size)
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.randn(shape, generator=generator) for _ in classes]
+    drawn = [torch.empty(0, *shape)]
+    for start in range(0, len(classes), BATCH):
+        part = torch.stack(noise[start : start + BATCH]).to(parameter.device, parameter.dtype)
+        condition = torch.tensor(classes[start : start + BATCH], device=parameter.device)
+        drawn.append(
+            sample(
+                lambda x, t, y: model(x, t, y, decoder_scale=scale).to(x.dtype),
+                part,
+                condition,
+                torch.full_like(condition, model.null_class),
+                on_step=on_step,
+                **solver,  # type: ignore[arg-type]
+            ).float().cpu()
+        )  # fmt: skip
+    return torch.cat(drawn)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """[-1, 1] to uint8, values outside clipped."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """[n, C, H, W] in [-1, 1] to one picture on grey, uint8 [rows * (H + gap) + gap, ..., C]."""
+    count, channels, height, width = images.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    picture = torch.full(
+        (rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 128, dtype=torch.uint8
+    )
+    for index, image in enumerate(to_bytes(images)):
+        top = gap + (index // columns) * (height + gap)
+        left = gap + (index % columns) * (width + gap)
+        picture[top : top + height, left : left + width] = image.permute(1, 2, 0)
+    return picture
+
+
+def save_png(path: str | Path, picture: Tensor) -> None:
+    """Write a uint8 picture [H, W, 1 or 3]; folders on the way are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _image(picture).save(path)
+
+
+def save_gif(path: str | Path, pictures: Sequence[Tensor], seconds: float = 3.0) -> None:
+    """Write pictures as an endless animation that takes `seconds`, and rests on the last one for a second."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [_image(picture) for picture in pictures]
+    durations = [max(20, round(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1000]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def _image(picture: Tensor):  # type: ignore[no-untyped-def]
+    from PIL import Image
+
+    array = picture.numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def save_loss_curve(path: str | Path, losses: Tensor) -> None:
+    """Plot the loss of every step, faint, and its mean over a hundredth of the run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps = torch.arange(1, len(losses) + 1)
+    window = max(1, len(losses) // 100)
+    whole = len(losses) // window * window
+    axes.plot(steps, losses, linewidth=0.5, alpha=0.3, label="each step")
+    mean = losses[:whole].view(-1, window).mean(1)
+    axes.plot(steps[:whole].view(-1, window)[:, -1], mean, label=f"mean of {window}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("flow-matching loss")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,116 @@
+"""`pixnerd sample` from the command line: reproducible grids at any size, films, official checkpoints, mistakes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pixnerd_kernels.cli import main
+
+GOLDEN = Path(__file__).parents[1] / "data" / "c2i_tiny.safetensors"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run on images of two plain greys, which even a tiny model learns to tell apart."""
+    folder = tmp_path_factory.mktemp("sample")
+    for label, grey in (("dark", 0), ("light", 255)):
+        (folder / "images" / label).mkdir(parents=True)
+        Image.new("L", (8, 8), grey).save(folder / "images" / label / "x.png")
+    arguments = [
+        "--data", folder / "images", "--out", folder / "run", "--size", 8, "--channels", 1, "--patch-size", 4,
+        "--max-freqs", 3, "--hidden-size", 32, "--num-heads", 2, "--num-blocks", 1, "--field-channels", 8,
+        "--batch-size", 32, "--steps", 200, "--warmup", 10, "--learning-rate", 0.01, "--ema", 0.95,
+        "--decoder-scales", 1, 2, "--sample-every", 0, "--quiet",
+    ]  # fmt: skip
+    assert main(["train", *map(str, arguments)]) == 0
+    return folder / "run" / "checkpoint.safetensors"
+
+
+def sample(checkpoint, out, *arguments):
+    return main(["sample", str(checkpoint), "--out", str(out), *map(str, arguments)])
+
+
+def pixels(path):
+    return np.array(Image.open(path))
+
+
+def test_the_same_seed_draws_the_same_pixels(run, tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert sample(run, tmp_path / f"{name}.png", "--n", 4, "--steps", 5, "--seed", seed) == 0
+    assert "4 images of 8 x 8" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert not np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "c.png"))
+
+
+@pytest.mark.parametrize("size", [8, 16, 20])
+def test_classes_are_drawn_as_asked_at_any_size(run, tmp_path, size):
+    out = tmp_path / "g.png"
+    assert (
+        sample(run, out, "--class", "light", "0", "--n", 3, "--columns", 3, "--size", size, "--steps", 10)
+        == 0
+    )
+    drawn = pixels(out)
+    assert drawn.shape == (size + 4, 3 * size + 8)
+    first, second, third = (drawn[2:-2, 2 + i * (size + 2) :][:, :size].mean() for i in range(3))
+    assert first > 170
+    assert second < 85
+    assert third > 170
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "adams"])
+def test_every_solver_ends_in_the_film_s_last_frame(run, tmp_path, solver):
+    out, gif = tmp_path / "g.png", tmp_path / "g.gif"
+    assert sample(run, out, "--n", 2, "--steps", 6, "--solver", solver, "--gif", gif) == 0
+    film = Image.open(gif)
+    assert film.n_frames == 6
+    film.seek(5)
+    assert np.array_equal(np.array(film.convert("L")), pixels(out))
+
+
+def test_guidance_one_and_an_interval_change_the_images(run, tmp_path):
+    options = {"one": ["--guidance", 1], "two": [], "half": ["--guidance-interval", 0.3, 0.6]}
+    drawn = []
+    for name, arguments in options.items():
+        assert sample(run, tmp_path / f"{name}.png", "--n", 2, "--steps", 8, *arguments) == 0
+        drawn.append(pixels(tmp_path / f"{name}.png"))
+    assert all(not np.array_equal(drawn[i], drawn[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+
+
+def test_official_checkpoints_are_drawn_in_colour(tmp_path):
+    tensors = load_file(GOLDEN)
+    state = {f"ema_denoiser.{key[6:]}": value for key, value in tensors.items() if key.startswith("param.")}
+    torch.save({"state_dict": state}, tmp_path / "official.ckpt")
+    arguments = ["--trained-size", 16, "--size", 24, "--n", 2, "--steps", 2, "--class", 9]
+    assert sample(tmp_path / "official.ckpt", tmp_path / "g.png", *arguments) == 0
+    drawn = pixels(tmp_path / "g.png")
+    assert drawn.shape == (28, 54, 3)
+    assert drawn[2:26, 2:26].std() > 10
+
+
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"no checkpoint")
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(run.read_bytes()[:2000])
+    cases = [
+        ([run, "--class", "5"], "--class: expected 0 to 1 or one of dark, light, got '5'"),
+        ([run, "--size", "9"], "size: expected a multiple of 2"),
+        ([run, "--out", "x.jpg"], "--out: expected a .png file"),
+        ([run, "--gif", "x.png"], "--gif: expected a .gif file"),
+        ([run, "--order", "7"], "order: expected at most 4"),
+        ([tmp_path / "absent.safetensors"], "no checkpoint at"),
+        ([tmp_path / "absent.ckpt"], "no checkpoint at"),
+        ([broken], "broken.ckpt: "),
+        ([damaged], "damaged.safetensors: "),
+    ]
+    for arguments, words in cases:
+        assert main(["sample", "--out", str(tmp_path / "g.png"), *map(str, arguments)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1, err
+        assert words in err
+    assert not (tmp_path / "g.png").exists()

@@ -1,0 +1,88 @@
+"""Drawing and files: reproducible images, exact grids, readable animations."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixnerd_kernels import models
+from pixnerd_kernels.diffusion import pictures
+
+CONFIG = models.PixNerdConfig(32, 2, 1, 1, 8, 2, patch_size=4, in_channels=1, num_classes=3, max_freqs=3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = models.PixNerd(CONFIG).requires_grad_(False)
+    torch.nn.init.normal_(model.decoder.linear.weight)
+    return model
+
+
+def draw(model, classes, size=8, seed=0, **options):
+    options = {"solver": "euler", "num_steps": 3, "guidance": 2.0, **options}
+    return pictures.draw(model, classes, size, trained_size=8, seed=seed, **options)
+
+
+def test_an_image_depends_on_seed_place_and_class_alone(model):
+    images = draw(model, [0, 1, 2, 1])
+    assert torch.equal(images, draw(model, [0, 1, 2, 1]))
+    torch.testing.assert_close(draw(model, [0, 1]), images[:2], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(images[1], images[3])
+    assert not torch.allclose(draw(model, [2])[0], images[0])
+    assert not torch.allclose(draw(model, [0], seed=1)[0], images[0])
+
+
+def test_batches_are_joined(model, monkeypatch):
+    whole = draw(model, [0, 1, 2, 0, 1], size=16)
+    assert whole.shape == (5, 1, 16, 16)
+    monkeypatch.setattr(pictures, "BATCH", 2)
+    steps = []
+    parts = draw(model, [0, 1, 2, 0, 1], size=16, on_step=lambda step, x: steps.append((step, len(x))))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    assert steps == [(step, count) for count in (2, 2, 1) for step in (1, 2, 3)]
+
+
+def test_sizes_that_patches_do_not_tile_are_refused(model):
+    assert pictures.decoder_scale(model, 20, 8) == (2.5, 2.5)
+    assert pictures.decoder_scale(model, 6, 8) == (0.75, 0.75)
+    with pytest.raises(ValueError, match=r"a multiple of 2, .*\(such as 8 or 10\), got 9"):
+        pictures.decoder_scale(model, 9, 8)
+    with pytest.raises(ValueError, match="trained_size: expected a multiple of the patch size 4, got 10"):
+        pictures.decoder_scale(model, 10, 10)
+    with pytest.raises(ValueError, match="a class from 0 to 2, got 3"):
+        draw(model, [0, 3])
+
+
+def test_a_grid_holds_every_image_in_its_place(tmp_path):
+    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 1, 3, 4).clone()
+    images[4] = 7.0  # beyond white
+    picture = pictures.grid(images, gap=1)
+    assert picture.shape == (2 * 4 + 1, 3 * 5 + 1, 1)
+    assert picture[0, 0, 0] == 128
+    values = [picture[1 + 4 * (i // 3), 1 + 5 * (i % 3), 0].item() for i in range(5)]
+    assert values == [0, 64, 128, 191, 255]
+    pictures.save_png(tmp_path / "new" / "g.png", picture)
+    assert np.array_equal(np.array(Image.open(tmp_path / "new" / "g.png")), picture[..., 0].numpy())
+    assert pictures.grid(images, columns=9, gap=1).shape == (5, 26, 1)
+    colour = pictures.grid(torch.rand(2, 3, 4, 4), columns=1)
+    pictures.save_png(tmp_path / "c.png", colour)
+    assert np.array_equal(np.array(Image.open(tmp_path / "c.png")), colour.numpy())
+
+
+def test_an_animation_has_all_frames_and_rests_on_the_last(tmp_path):
+    frames = [torch.full((4, 4, 1), value, dtype=torch.uint8) for value in (0, 100, 250)]
+    pictures.save_gif(tmp_path / "a.gif", frames, seconds=0.3)
+    film = Image.open(tmp_path / "a.gif")
+    assert film.n_frames == 3
+    for index, frame in enumerate(frames):
+        film.seek(index)
+        assert np.array_equal(np.array(film.convert("L")), frame[..., 0].numpy())
+        assert film.info["duration"] == (1000 if index == 2 else 100)
+
+
+def test_a_loss_curve_is_a_picture_of_any_length(tmp_path):
+    for count in (1, 7, 1234):
+        pictures.save_loss_curve(tmp_path / f"{count}.png", torch.rand(count) + 0.1)
+        pixels = np.array(Image.open(tmp_path / f"{count}.png").convert("L"))
+        assert pixels.min() < 100 < 250 < pixels.max()
