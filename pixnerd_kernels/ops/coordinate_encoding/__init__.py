@@ -62,8 +62,11 @@ def coordinate_encoding(
     if dtype not in FLOATS:
         problems.add_type("dtype", "torch.float32, float64, bfloat16 or float16", dtype)
     factors = _factors(problems, scale, kind)
+    try:
+        where = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        problems.add("device", f"a torch device ({str(error).splitlines()[0]})", device)
     problems.raise_if_any()
-    where = None if device is None else torch.device(device)
     out: Tensor = torch.ops.pixnerd.coordinate_encoding(
         height, width, max_freqs, kind, *factors, where, dtype, backends.forced_backend()
     )

@@ -42,6 +42,7 @@ def split_params(params: Tensor, channels: int, hidden: int, gated: bool = False
     problems = Problems("split_params")
     readable = problems.tensor("params", params, 2, "[N, parameters]")
     sizes = [problems.count("channels", channels), problems.count("hidden", hidden)]
+    _check_flag(problems, "gated", gated)
     if readable and all(sizes):
         _check_packed_width(problems, params, channels, hidden, gated)
     problems.raise_if_any()
@@ -107,9 +108,11 @@ def neural_field_mlp(
             expected = (patches, hidden, channels) if name == "w2" else (patches, channels, hidden)
             if tuple(weight.shape) != expected:
                 problems.add(name, f"the shape {list(expected)} that fits x and w1", weight)
+        if hidden == 0:
+            problems.add("w1", "at least one hidden unit", w1)
     problems.same_dtype("x", x, others)
     problems.same_device("x", x, [*others, ("norm_weight", norm_weight)])
-    flags = _check_options(problems, x, norm_weight, normalize, activation, norm_eps, weight_eps)
+    flags = _check_options(problems, x, norm_weight, normalize, activation, residual, norm_eps, weight_eps)
     problems.raise_if_any()
     out: Tensor = torch.ops.pixnerd.neural_field_mlp(
         x, w1, w2, w_gate, norm_weight,
@@ -151,19 +154,25 @@ def neural_field_mlp_packed(
     readable = problems.tensor("x", x, 3, "[N, S, D1]")
     readable &= problems.tensor("params", params, 2, "[N, parameters]")
     readable &= problems.count("hidden", hidden)
+    _check_flag(problems, "gated", gated)
     if readable:
         if params.shape[0] != x.shape[0]:
             problems.add("params", f"{x.shape[0]} rows, one for each patch of x", params)
         _check_packed_width(problems, params, x.shape[2], hidden, gated)
     problems.same_dtype("x", x, [("params", params)])
     problems.same_device("x", x, [("params", params), ("norm_weight", norm_weight)])
-    flags = _check_options(problems, x, norm_weight, normalize, activation, norm_eps, weight_eps)
+    flags = _check_options(problems, x, norm_weight, normalize, activation, residual, norm_eps, weight_eps)
     problems.raise_if_any()
     out: Tensor = torch.ops.pixnerd.neural_field_mlp_packed(
         x, params, norm_weight, hidden, gated,
         flags, activation, residual, norm_eps, weight_eps, backends.forced_backend(),
     )  # fmt: skip
     return out
+
+
+def _check_flag(problems: Problems, argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        problems.add_type(argument, "True or False", value)
 
 
 def _check_packed_width(problems: Problems, params: Tensor, channels: int, hidden: int, gated: bool) -> None:
@@ -179,6 +188,7 @@ def _check_options(
     norm_weight: object,
     normalize: Sequence[str],
     activation: str,
+    residual: bool,
     norm_eps: float,
     weight_eps: float,
 ) -> list[bool]:
@@ -195,6 +205,7 @@ def _check_options(
         normalize = ()
     for name in normalize:
         problems.choice("normalize", name, WEIGHTS)
+    _check_flag(problems, "residual", residual)
     problems.number("norm_eps", norm_eps)
     problems.number("weight_eps", weight_eps)
     return [name in normalize for name in WEIGHTS]
