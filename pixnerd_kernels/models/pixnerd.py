@@ -110,8 +110,12 @@ class PixNerd(nn.Module):
         problems = Problems("PixNerd")
         readable = problems.tensor("x", x, 4, "[B, C, H, W]")
         problems.tensor("t", t, 1, "[B]")
+        if not isinstance(decoder_scale, (tuple, list)) or len(decoder_scale) != 2:
+            problems.add_type("decoder_scale", "a pair (sh, sw)", decoder_scale)
+            problems.raise_if_any()
         for scale in decoder_scale:
             problems.number("decoder_scale", scale)
+        problems.raise_if_any()
         height, width = scaled_patch(self.config.patch_size, decoder_scale)
         if not height or not width:
             problems.add("decoder_scale", "at least one pixel a patch", decoder_scale)

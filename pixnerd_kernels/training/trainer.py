@@ -44,6 +44,7 @@ class Trainer:
             raise ValueError(f"data: expected {classes} classes, got {len(dataset.classes)}")
         self.settings = settings
         self.dataset = dataset
+        self.digest = dataset.digest()
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -140,7 +141,7 @@ class Trainer:
             "settings": self.settings.to_dict(),
             "steps_done": self.steps_done,
             "classes": list(self.dataset.classes),
-            "data_digest": self.dataset.digest(),
+            "data_digest": self.digest,
         }
         checkpoint.save(path, tensors, content)
 
@@ -155,7 +156,7 @@ class Trainer:
         saved = Settings.from_dict(content["settings"])
         if differences := self.settings.differences(saved):
             raise ValueError(f"{path}: a run of another configuration: {'; '.join(differences)}")
-        if content["data_digest"] != self.dataset.digest():
+        if content["data_digest"] != self.digest:
             raise ValueError(f"{path}: the images in {self.settings.data!r} have changed since it was saved")
         self.model.load_state_dict(_group(tensors, "model."))
         self.ema.load_state_dict(_group(tensors, "ema."))

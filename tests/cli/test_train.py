@@ -75,16 +75,9 @@ def test_a_folder_trains_and_names_what_it_skips(folder, tmp_path, capsys):
 def test_ctrl_c_saves_and_a_resumed_run_ends_with_the_same_bits(tmp_path):
     """A real process and a real signal."""
     steps = 40
-    arguments = ["--data", "digits", "--steps", str(steps), "--save-every", "1", "--sample-every", "0", *TINY]
-    command = [
-        sys.executable,
-        "-m",
-        "pixnerd_kernels.cli",
-        "train",
-        "--out",
-        str(tmp_path / "cut"),
-        *arguments,
-    ]
+    arguments = ["--data", "digits", "--steps", str(steps), "--sample-every", "0", *TINY]
+    command = [sys.executable, "-m", "pixnerd_kernels.cli", "train", *arguments]
+    command += ["--out", str(tmp_path / "cut"), "--save-every", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "cut" / "checkpoint.safetensors").exists():
         assert process.poll() is None

@@ -144,6 +144,10 @@ def test_every_problem_is_named():
         model(x, t, torch.tensor([0, 4]))
     with pytest.raises(TypeError, match="y: expected an integer tensor"):
         model(x, t, torch.zeros(2))
+    with pytest.raises(TypeError, match=r"decoder_scale: expected a pair \(sh, sw\), got 2 \(int\)"):
+        model(x, t, y, decoder_scale=2)
+    with pytest.raises(ValueError, match="decoder_scale: expected a finite number of at least 0, got -1"):
+        model(x, t, y, decoder_scale=(1, -1))
     with pytest.raises(ValueError, match="at least one pixel a patch"):
         model(x, t, y, decoder_scale=(0.1, 1))
     with pytest.raises(ValueError, match=r"num_heads.*encoding.*hidden_size|num_heads|hidden_size"):
