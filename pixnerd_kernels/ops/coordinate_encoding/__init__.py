@@ -41,7 +41,7 @@ def coordinate_encoding(
               interleaved, theta 10000, positions linspace(0, n * scale, n);
             - "sincos": sin and cos of x and of y in pixels at K^2/4 frequencies each, theta 10000.
         scale: "rope" only: one factor, or (x, y). None is 1, the official text-to-image model; its heavy decoder
-            uses (16 / height, 16 / width), x's factor from the height and y's from the width.
+            uses (16 / width, 16 / height), so that positions span 0 to 16 at any size.
         device: where the table is made; None is torch's default device.
         dtype: float32, float64, bfloat16 or float16; computed in float64 and rounded once.
 
@@ -63,7 +63,9 @@ def coordinate_encoding(
         problems.add_type("dtype", "torch.float32, float64, bfloat16 or float16", dtype)
     factors = _factors(problems, scale, kind)
     try:
-        where = None if device is None else torch.device(device)
+        # Asked of a tensor: below the op torch has left the default device's scope, and torch.compile does not
+        # trace torch.get_default_device.
+        where = torch.empty(0).device if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         problems.add("device", f"a torch device ({str(error).splitlines()[0]})", device)
     problems.raise_if_any()
