@@ -65,7 +65,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--decoder-scales", type=positive_number, nargs="+", help="resolutions to train at, over --size (1)"
     )
     group.add_argument(
-        "--autocast", choices=("auto", "off", "bf16"), help="auto: bf16 on a GPU, off on a CPU"
+        "--autocast", choices=("auto", "off", "bf16"), help="bf16 on a GPU, off on a CPU (auto)"
     )
     group.add_argument("--seed", type=integer(0), help="of weights, order and noise (0)")
     group.add_argument("--device", default="cpu", help="where to train (cpu)")
@@ -99,9 +99,16 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     given = _given(args, _SETTINGS)
     if "decoder_scales" in given:
         given["decoder_scales"] = tuple(given["decoder_scales"])
-    if given.get("autocast") == "auto":
-        given["autocast"] = "off" if args.device.startswith("cpu") else "bf16"
+    if "autocast" in given:
+        given["autocast"] = _autocast(args)
     return given
+
+
+def _autocast(args: argparse.Namespace) -> str:
+    choice: str = getattr(args, "autocast", "auto")
+    if choice == "auto":
+        return "off" if args.device.startswith("cpu") else "bf16"
+    return choice
 
 
 def _resumed(args: argparse.Namespace, path: Path) -> Settings:
@@ -144,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
             size, channels = getattr(args, "size", size), getattr(args, "channels", channels)
             dataset = load_dataset(args.data, size, channels)
             model = _model(args, name, channels, len(dataset.classes))
-            settings = Settings(args.data, size, model, **_options(args))
+            settings = Settings(args.data, size, model, **{"autocast": _autocast(args), **_options(args)})
         _report_skipped(dataset.skipped)
         trainer = Trainer(settings, dataset, args.device)
         if args.resume:

@@ -95,6 +95,18 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_with_the_same_bits(tmp_path):
     assert [name for name in cut if not torch.equal(cut[name], whole[name])] == []
 
 
+@pytest.mark.parametrize(("choice", "stored"), [("auto", "off"), ("bf16", "bf16")])
+def test_autocast_is_a_setting_of_the_run(tmp_path, capsys, choice, stored):
+    assert start("digits", tmp_path, "--steps", 2, "--autocast", choice) == 0
+    tensors, content = checkpoint.load(tmp_path / "checkpoint.safetensors")
+    assert content["settings"]["autocast"] == stored
+    assert torch.isfinite(tensors["losses"]).all()
+    assert tensors["model.patch_embed.weight"].dtype == torch.float32
+    capsys.readouterr()
+    other = "bf16" if stored == "off" else "off"
+    assert "autocast is" in failure(capsys, "--resume", "--out", tmp_path, "--autocast", other)
+
+
 def failure(capsys, *arguments):
     """The one line that a mistaken command prints."""
     assert train(*arguments) == 2
