@@ -1,0 +1,95 @@
+"""The official class-to-image PixNerd in plain PyTorch, from its recorded parameters; its head runs `field`."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Parameters = dict[str, Tensor]
+
+
+def linear(parameters: Parameters, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def patches(image: Tensor, size: int) -> Tensor:
+    """[B, C, H, W] -> [B, L, C * size * size], channels outermost."""
+    return F.unfold(image, size, stride=size).transpose(1, 2)
+
+
+def time_embedding(parameters: Parameters, t: Tensor) -> Tensor:
+    """[B] -> [B, 1, D]; the slowest of 128 frequencies is 1/10 of the fastest."""
+    angles = t[:, None] * torch.exp(-math.log(10) * torch.arange(128) / 128)
+    waves = torch.cat([angles.cos(), angles.sin()], -1)
+    hidden = F.silu(linear(parameters, "t_embedder.mlp.0", waves))
+    return linear(parameters, "t_embedder.mlp.2", hidden)[:, None]
+
+
+def rotary(height: int, width: int, head: int) -> Tensor:
+    """Complex [height * width, head / 2]: x and y interleaved, positions linspace(0, 16, n)."""
+    speed = 10000.0 ** (-torch.arange(0, head, 4)[: head // 4] / head)
+    x = torch.outer(torch.linspace(0, 16, width), speed).expand(height, -1, -1)
+    y = torch.outer(torch.linspace(0, 16, height), speed)[:, None].expand(-1, width, -1)
+    angles = torch.stack([x, y], -1).reshape(height * width, -1)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def attend(parameters: Parameters, name: str, x: Tensor, heads: int, turn: Tensor) -> Tensor:
+    q, k, v = linear(parameters, f"{name}.qkv", x).unflatten(-1, (3, heads, -1)).unbind(2)
+
+    def turned(z: Tensor, norm: str) -> Tensor:
+        z = rms_norm(z, parameters[f"{name}.{norm}.weight"]).unflatten(-1, (-1, 2))
+        return torch.view_as_real(torch.view_as_complex(z) * turn[:, None]).flatten(-2)
+
+    q, k = turned(q, "q_norm"), turned(k, "k_norm")
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return linear(parameters, f"{name}.proj", out.transpose(1, 2).flatten(2))
+
+
+def dit_block(
+    parameters: Parameters, name: str, x: Tensor, condition: Tensor, heads: int, turn: Tensor
+) -> Tensor:
+    modulation = linear(parameters, f"{name}.adaLN_modulation.0", condition)
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
+    h = rms_norm(x, parameters[f"{name}.norm1.weight"]) * (1 + scale1) + shift1
+    x = x + gate1 * attend(parameters, f"{name}.attn", h, heads, turn)
+    h = rms_norm(x, parameters[f"{name}.norm2.weight"]) * (1 + scale2) + shift2
+    h = F.silu(linear(parameters, f"{name}.mlp.w1", h)) * linear(parameters, f"{name}.mlp.w3", h)
+    return x + gate2 * linear(parameters, f"{name}.mlp.w2", h)
+
+
+def forward(
+    parameters: Parameters,
+    config: dict,
+    x: Tensor,
+    t: Tensor,
+    y: Tensor,
+    encoding: Tensor,
+    field: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Velocity [B, C, H, W]; `field` takes pixels, generated parameters and the norm's weight of one block."""
+    size, first_field = config["patch_size"], config["num_cond_blocks"]
+    height, width = x.shape[2:]
+    tokens = patches(x, size)
+    time = time_embedding(parameters, t)
+    condition = F.silu(time + parameters["y_embedder.embedding_table.weight"][y][:, None])
+    turn = rotary(height // size, width // size, config["hidden_size"] // config["num_groups"])
+    s = linear(parameters, "s_embedder.proj", tokens)
+    for block in range(first_field):
+        s = dit_block(parameters, f"blocks.{block}", s, condition, config["num_groups"], turn)
+    s = F.silu(time + s).flatten(0, 1)
+    pixels = tokens.reshape(len(s), config["in_channels"], -1).transpose(1, 2)
+    pixels = torch.cat([pixels, encoding.expand(len(s), -1, -1)], -1)
+    pixels = linear(parameters, "x_embedder.embedder.0", pixels)
+    for block in range(first_field, config["num_blocks"]):
+        generated = linear(parameters, f"blocks.{block}.param_generator1.0", s)
+        pixels = field(pixels, generated, parameters[f"blocks.{block}.norm.weight"])
+    out = linear(parameters, "final_layer.linear", rms_norm(pixels, parameters["final_layer.norm.weight"]))
+    out = out.transpose(1, 2).reshape(len(x), tokens.shape[1], -1).transpose(1, 2)
+    return F.fold(out, (height, width), size, stride=size)
