@@ -85,6 +85,19 @@ def test_installing_without_the_core(checkout, changes, reason):
     assert reason in told
 
 
+def test_installing_with_the_core(checkout, core):
+    """From clean sources, unoptimised to be quick: the installed package runs the core that was built for it."""
+    done, target = install(
+        checkout, PIXNERD_REQUIRE_NATIVE="1", PIXNERD_CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Debug"
+    )
+    assert done.returncode == 0, done.stderr
+    use = f"{USE}\nfrom pixnerd_kernels import backends\nprint(backends.native().__file__)"
+    package, *warnings, library = output(use, where=target).splitlines()
+    assert Path(package).parent == Path(library).parent == target / "pixnerd_kernels"
+    assert warnings == [""]
+    assert not (target / "pixnerd_kernels" / "_native_missing.txt").exists()
+
+
 def test_requiring_the_core_fails_with_the_reason(checkout):
     done, target = install(checkout, CXX="/nonexistent/c++", PIXNERD_REQUIRE_NATIVE="1")
     assert done.returncode != 0
