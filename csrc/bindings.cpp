@@ -26,8 +26,8 @@ pixnerd::MutableMatrices output(const Strided& t) { return {reinterpret_cast<voi
 
 pixnerd::NeuralField field(std::int64_t patches, std::int64_t pixels, int channels, int hidden, int dtype,
                            int activation, bool residual, std::array<bool, 3> normalize, double norm_eps,
-                           double weight_eps, int threads, const Strided& x, const Strided& w1,
-                           const Strided& w2, const Strided& w_gate, std::int64_t norm_weight) {
+                           double weight_eps, int threads, const Strided& x, const Strided& w1, const Strided& w2,
+                           const Strided& w_gate, std::int64_t norm_weight) {
   return {.patches = patches,
           .pixels = pixels,
           .channels = channels,
@@ -59,9 +59,9 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<pixnerd::NeuralField>(m, "NeuralField", "Sizes, options and addresses of one call.")
       .def(py::init(&field), py::kw_only(), py::arg("patches"), py::arg("pixels"), py::arg("channels"),
-           py::arg("hidden"), py::arg("dtype"), py::arg("activation"), py::arg("residual"),
-           py::arg("normalize"), py::arg("norm_eps"), py::arg("weight_eps"), py::arg("threads"), py::arg("x"),
-           py::arg("w1"), py::arg("w2"), py::arg("w_gate"), py::arg("norm_weight"));
+           py::arg("hidden"), py::arg("dtype"), py::arg("activation"), py::arg("residual"), py::arg("normalize"),
+           py::arg("norm_eps"), py::arg("weight_eps"), py::arg("threads"), py::arg("x"), py::arg("w1"), py::arg("w2"),
+           py::arg("w_gate"), py::arg("norm_weight"));
   m.def(
       "neural_field_mlp_forward",
       [](const pixnerd::NeuralField& field, const Strided& y) {
@@ -97,15 +97,14 @@ PYBIND11_MODULE(_native, m) {
           pixnerd::normalize_weights_forward(norm, reinterpret_cast<void*>(out));
         }
       },
-      py::arg("outer"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("eps"),
-      py::arg("threads"), py::arg("w"), py::arg("grad"), py::arg("out"),
-      "Forward where grad is 0, else backward.");
+      py::arg("outer"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("eps"), py::arg("threads"),
+      py::arg("w"), py::arg("grad"), py::arg("out"), "Forward where grad is 0, else backward.");
   m.def(
       "coordinate_encoding",
       [](int height, int width, int max_freqs, int kind, double scale_x, double scale_y, std::int64_t out) {
         py::gil_scoped_release release;
-        pixnerd::coordinate_encoding(height, width, max_freqs, static_cast<pixnerd::Encoding>(kind), scale_x,
-                                     scale_y, reinterpret_cast<double*>(out));
+        pixnerd::coordinate_encoding(height, width, max_freqs, static_cast<pixnerd::Encoding>(kind), scale_x, scale_y,
+                                     reinterpret_cast<double*>(out));
       },
       py::arg("height"), py::arg("width"), py::arg("max_freqs"), py::arg("kind"), py::arg("scale_x"),
       py::arg("scale_y"), py::arg("out"));

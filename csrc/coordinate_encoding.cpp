@@ -18,8 +18,7 @@ double frequency(Encoding kind, int m, int max_freqs) {
 }
 
 // trig(angle) of every pixel of an axis of n pixels at every frequency: [n, count].
-std::vector<double> axis_table(Encoding kind, int n, double scale, int max_freqs, int count,
-                               double (*trig)(double)) {
+std::vector<double> axis_table(Encoding kind, int n, double scale, int max_freqs, int count, double (*trig)(double)) {
   std::vector<double> table(static_cast<std::size_t>(n) * count);
   for (int m = 0; m < count; ++m) {
     const double decay = std::pow(10000.0, -static_cast<double>(m) / count);
@@ -38,9 +37,7 @@ std::vector<double> axis_table(Encoding kind, int n, double scale, int max_freqs
 void coordinate_encoding(int height, int width, int max_freqs, Encoding kind, double scale_x, double scale_y,
                          double* out) {
   const int columns = max_freqs * max_freqs;
-  const int count = kind == Encoding::kRope     ? columns / 2
-                    : kind == Encoding::kSinCos ? columns / 4
-                                                : max_freqs;
+  const int count = kind == Encoding::kRope ? columns / 2 : kind == Encoding::kSinCos ? columns / 4 : max_freqs;
   const auto cosine = [](double angle) { return std::cos(angle); };
   const auto sine = [](double angle) { return std::sin(angle); };
   const auto cos_x = axis_table(kind, width, scale_x, max_freqs, count, cosine);

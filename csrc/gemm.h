@@ -56,8 +56,8 @@ struct Block {
 
 // acc += A[0:Rows, 0:depth] @ B[0:depth, 0:Vectors] for a left operand whose columns are the summed index.
 template <int Rows, int Vectors, class T>
-PIXNERD_INLINE void accumulate_rows(Block<T, Rows, Vectors>& acc, const T* a, std::ptrdiff_t a_panel,
-                                    const T* b, int depth) {
+PIXNERD_INLINE void accumulate_rows(Block<T, Rows, Vectors>& acc, const T* a, std::ptrdiff_t a_panel, const T* b,
+                                    int depth) {
   for (int k0 = 0; k0 < depth; k0 += kPanel<T>, a += a_panel) {
     const int count = at_most(kPanel<T>, depth - k0);
     for (int k = 0; k < count; ++k, b += kPanel<T>) {
@@ -96,8 +96,7 @@ PIXNERD_INLINE void multiply_panel(int p, int rows, int depth, Panels<T> a, cons
 // C = A @ B with A [rows, depth] and B [depth, columns]. epilogue(r, p, block) receives rows r ... r + kRows
 // - 1 of panel p. Rows are computed in whole blocks: A must have round_up(rows, kRows) readable rows.
 template <class T, class Epilogue>
-PIXNERD_INLINE void multiply(int rows, int columns, int depth, Panels<T> a, Panels<T> b,
-                             Epilogue&& epilogue) {
+PIXNERD_INLINE void multiply(int rows, int columns, int depth, Panels<T> a, Panels<T> b, Epilogue&& epilogue) {
   for (int p = 0; p < panels<T>(columns); ++p) {
     if (columns - p * kPanel<T> > kLanes<T>) {
       multiply_panel<2>(p, rows, depth, a, b.panel(p), epilogue);
@@ -140,8 +139,8 @@ PIXNERD_INLINE void outer_panel(int rows, int depth, Panels<T> a, const T* b, T*
 // C [rows, columns] = A^T @ B, or += with `add`, for A [depth, rows] and B [depth, columns]. C must have
 // round_up(rows, kPanel<T>) rows.
 template <class T>
-PIXNERD_INLINE void multiply_transposed(int rows, int columns, int depth, Panels<T> a, Panels<T> b,
-                                        Panels<T> c, bool add) {
+PIXNERD_INLINE void multiply_transposed(int rows, int columns, int depth, Panels<T> a, Panels<T> b, Panels<T> c,
+                                        bool add) {
   for (int p = 0; p < panels<T>(columns); ++p) {
     if (columns - p * kPanel<T> > kLanes<T>) {
       outer_panel<2>(rows, depth, a, b.panel(p), c.panel(p), add);
@@ -203,8 +202,8 @@ PIXNERD_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
   } else if constexpr (n == 8) {
     return PIXNERD_SHUFFLE(a, b, I, h, n + h, h + 1, n + h + 1, h + 2, n + h + 2, h + 3, n + h + 3);
   } else {
-    return PIXNERD_SHUFFLE(a, b, I, h, n + h, h + 1, n + h + 1, h + 2, n + h + 2, h + 3, n + h + 3, h + 4,
-                           n + h + 4, h + 5, n + h + 5, h + 6, n + h + 6, h + 7, n + h + 7);
+    return PIXNERD_SHUFFLE(a, b, I, h, n + h, h + 1, n + h + 1, h + 2, n + h + 2, h + 3, n + h + 3, h + 4, n + h + 4,
+                           h + 5, n + h + 5, h + 6, n + h + 6, h + 7, n + h + 7);
   }
 }
 

@@ -38,9 +38,8 @@ const std::vector<Isa>& isas() {
     __builtin_cpu_init();
     const bool has_avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     list.push_back({"avx2", has_avx2, PIXNERD_KERNELS(avx2)});
     list.push_back({"avx512", has_avx512, PIXNERD_KERNELS(avx512)});
 #endif
@@ -57,8 +56,7 @@ const Isa* find(const std::string& name) {
   if (!found) {
     std::string known = "auto";
     for (const auto& isa : supported_isas()) known += ", " + isa;
-    throw std::invalid_argument("instruction set '" + name + "' is not supported here, expected one of " +
-                                known);
+    throw std::invalid_argument("instruction set '" + name + "' is not supported here, expected one of " + known);
   }
   return found;
 }
@@ -91,9 +89,7 @@ void neural_field_mlp_forward(const NeuralField& field, MutableMatrices y) {
 void neural_field_mlp_backward(const NeuralField& field, const NeuralFieldGradients& gradients) {
   kernels().neural_field_mlp_backward(field, gradients);
 }
-void normalize_weights_forward(const ColumnNorm& norm, void* out) {
-  kernels().normalize_weights_forward(norm, out);
-}
+void normalize_weights_forward(const ColumnNorm& norm, void* out) { kernels().normalize_weights_forward(norm, out); }
 void normalize_weights_backward(const ColumnNorm& norm, const void* grad, void* out) {
   kernels().normalize_weights_backward(norm, grad, out);
 }

@@ -1,6 +1,6 @@
 #include "neural_field_mlp.h"
 
-#include "gemm.h"
+#include "neural_field_parts.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -9,198 +9,6 @@
 // weight and no activation of a whole patch is ever stored.
 namespace pixnerd::PIXNERD_ISA {
 namespace {
-
-template <class T>
-struct Silu {
-  PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return z * sigmoid<T>(z); }
-  PIXNERD_INLINE static void both(Vec<T> z, Vec<T>& value, Vec<T>& slope) {
-    const Vec<T> s = sigmoid<T>(z);
-    value = z * s;
-    slope = s + value * (T(1) - s);
-  }
-};
-
-// z * (1 + tanh(u)) / 2 = z * sigmoid(2 u) with u = sqrt(2 / pi) (z + 0.044715 z^3).
-template <class T>
-struct Gelu {
-  static constexpr T kA = T(1.5957691216057308), kB = T(0.044715);
-  PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return z * sigmoid<T>(kA * (z + kB * z * z * z)); }
-  PIXNERD_INLINE static void both(Vec<T> z, Vec<T>& value, Vec<T>& slope) {
-    const Vec<T> s = sigmoid<T>(kA * (z + kB * z * z * z));
-    value = z * s;
-    slope = s + value * (T(1) - s) * kA * (T(1) + 3 * kB * z * z);
-  }
-};
-
-template <class T>
-struct Relu {
-  PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return z < T(0) ? Vec<T>{} : z; }
-  PIXNERD_INLINE static void both(Vec<T> z, Vec<T>& value, Vec<T>& slope) {
-    value = z < T(0) ? Vec<T>{} : z;
-    slope = z > T(0) ? broadcast(T(1)) : Vec<T>{};
-  }
-};
-
-// A weight of one patch: its panels, the scale of each column, and the part of the scale that depends on the
-// column's norm (zero where the norm is clamped or the weight is not normalised).
-template <class T>
-struct Weight {
-  Panels<T> panels;
-  T* scale;
-  T* slope;
-};
-
-// Hands out pieces of a worker's slice; with a null base it only measures.
-template <class T>
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-  T* vector(int count) {
-    const std::size_t offset = used_;
-    used_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return base_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
-  }
-  Panels<T> matrix(int rows, int columns) {
-    const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(rows) * kPanel<T>;
-    return {vector(static_cast<int>(stride) * panels<T>(columns)), stride};
-  }
-  Weight<T> weight(int rows, int columns) {
-    const int padded = panels<T>(columns) * kPanel<T>;
-    return {matrix(round_up(rows, kPanel<T>), columns), vector(padded), vector(padded)};
-  }
-  std::size_t used() const { return used_; }
-
- private:
-  char* base_;
-  std::size_t used_ = 0;
-};
-
-// Sizes that hold for the whole call.
-template <class T>
-struct Plan {
-  int channels, hidden, pixels, tile;
-  bool gated;
-
-  Plan(const NeuralField& f, int vectors_of_channels, int vectors_of_hidden, int budget)
-      : channels(f.channels),
-        hidden(f.hidden),
-        pixels(static_cast<int>(f.pixels)),
-        gated(f.w_gate.data != nullptr) {
-    const int width = panels<T>(channels) * vectors_of_channels + panels<T>(hidden) * vectors_of_hidden;
-    const int fit = budget / (width * kPanel<T> * static_cast<int>(sizeof(T)));
-    const int largest = fit < kRows ? kRows : fit / kRows * kRows;
-    const int tiles = (pixels + largest - 1) / largest;
-    tile = tiles ? round_up((pixels + tiles - 1) / tiles, kRows) : kRows;
-  }
-};
-
-// Pack one patch's matrix and find its column scales.
-template <class T>
-void pack(const Matrices& source, DType dtype, std::int64_t patch, int rows, int columns, bool normalize,
-          double eps, Weight<T>& weight) {
-  const int padded = panels<T>(columns) * kPanel<T>;
-  T* squares = weight.scale;
-  for (int c = 0; c < padded; ++c) squares[c] = T(0);
-  with_storage<T>(dtype, [&](auto storage) {
-    using Stored = typename decltype(storage)::Stored;
-    const Stored* base = static_cast<const Stored*>(source.data) + patch * source.patch_stride;
-    for (int r = 0; r < rows; ++r) {
-      const Stored* row = base + r * source.row_stride;
-      for (int c = 0; c < padded; c += kLanes<T>) {
-        const Vec<T> v = c < columns ? load_columns<T>(storage, row, c, columns) : Vec<T>{};
-        store<T>(weight.panels.row(c / kPanel<T>, r) + c % kPanel<T>, v);
-        store<T>(squares + c, load<T>(squares + c) + v * v);
-      }
-    }
-  });
-  // Transposing reads whole tiles.
-  for (int r = rows; r < round_up(rows, kLanes<T>); ++r) {
-    for (int c = 0; c < padded; c += kLanes<T>) {
-      store<T>(weight.panels.row(c / kPanel<T>, r) + c % kPanel<T>, Vec<T>{});
-    }
-  }
-  for (int c = 0; c < padded; ++c) {
-    const T norm = square_root(squares[c]);
-    const bool clamped = norm < T(eps);
-    weight.scale[c] = c >= columns ? T(0) : normalize ? T(1) / (clamped ? T(eps) : norm) : T(1);
-    weight.slope[c] = !normalize || clamped ? T(0) : weight.scale[c];
-  }
-}
-
-// Rows first ... first + rows of a stored matrix, as numbers.
-template <class T>
-void read_rows(const Matrices& source, DType dtype, std::int64_t patch, int first, int rows, int columns,
-               Panels<T> target) {
-  with_storage<T>(dtype, [&](auto storage) {
-    using Stored = typename decltype(storage)::Stored;
-    const Stored* row =
-        static_cast<const Stored*>(source.data) + patch * source.patch_stride + first * source.row_stride;
-    for (int r = 0; r < rows; ++r, row += source.row_stride) unpack_row<T>(storage, row, columns, target, r);
-  });
-}
-
-// Replace the rows of x by n = x * rsqrt(mean(x^2) + eps) * weight; inverse receives the rsqrt of each row.
-template <class T>
-void rms_norm(Panels<T> x, int rows, int columns, T eps, const T* weight, T* inverse) {
-  for (int r = 0; r < rows; ++r) {
-    Vec<T> squares{};
-    for_row(x, r, columns, [&](int, T* p) { squares += load<T>(p) * load<T>(p); });
-    inverse[r] = T(1) / square_root(sum<T>(squares) / T(columns) + eps);
-    for_row(x, r, columns, [&](int c, T* p) { store<T>(p, load<T>(p) * inverse[r] * load<T>(weight + c)); });
-  }
-}
-
-// Store rows of `values`, plus those of `base` where it is given, to a matrix of the same dtype as base.
-template <class T>
-void write_rows(Panels<T> values, const Matrices* base, DType dtype, std::int64_t patch, int first, int rows,
-                int columns, const MutableMatrices& target) {
-  with_storage<T>(dtype, [&](auto storage) {
-    using Stored = typename decltype(storage)::Stored;
-    for (int r = 0; r < rows; ++r) {
-      Stored* out =
-          static_cast<Stored*>(target.data) + patch * target.patch_stride + (first + r) * target.row_stride;
-      const Stored* in = base ? static_cast<const Stored*>(base->data) + patch * base->patch_stride +
-                                    (first + r) * base->row_stride
-                              : nullptr;
-      for_row(values, r, columns, [&](int c, T* p) {
-        Vec<T> v = load<T>(p);
-        if (in) v += load_columns<T>(storage, in, c, columns);
-        store_columns<T>(storage, out, c, columns, v);
-      });
-    }
-  });
-}
-
-// The norm weight padded with zeros to whole panels, or null.
-template <class T>
-T* padded_norm_weight(const NeuralField& f, Arena<T>& arena) {
-  if (!f.norm_weight) return nullptr;
-  const int padded = panels<T>(f.channels) * kPanel<T>;
-  T* weight = arena.vector(padded);
-  if (weight) {
-    for (int c = 0; c < padded; ++c)
-      weight[c] = c < f.channels ? static_cast<const T*>(f.norm_weight)[c] : T(0);
-  }
-  return weight;
-}
-
-// C = A @ W for the pixels of a tile; each finished vector goes to function(vector, column) and its result to
-// C.
-template <class T, class Function>
-PIXNERD_INLINE void multiply_into(int rows, int columns, int depth, Panels<T> a, Panels<T> b, Panels<T> c,
-                                  Function&& function) {
-  multiply<T>(rows, columns, depth, a, b, [&](int r, int p, auto& block) __attribute__((always_inline)) {
-    constexpr int kVectors = sizeof(block.v[0]) / sizeof(block.v[0][0]);
-    for (int j = 0; j < kVectors; ++j) {
-      const int column = p * kPanel<T> + j * kLanes<T>;
-      for (int i = 0; i < kRows; ++i) {
-        T* out = c.row(p, r + i) + j * kLanes<T>;
-        store<T>(out, function(block.v[i][j], column, out - c.data));
-      }
-    }
-  });
-}
 
 // ---- forward ----
 
@@ -228,16 +36,14 @@ void forward_tile(const NeuralField& f, const Plan<T>& plan, const ForwardScratc
   read_rows<T>(f.x, f.dtype, patch, first, rows, channels, s.n);
   if (s.norm_weight) rms_norm<T>(s.n, rows, channels, T(f.norm_eps), s.norm_weight, s.inverse);
   if (plan.gated) {
-    multiply_into<T>(
-        rows, hidden, channels, s.n, s.w_gate.panels, s.gate,
-        [&](Vec<T> v, int c, std::ptrdiff_t) { return Act::value(v * load<T>(s.w_gate.scale + c)); });
+    multiply_into<T>(rows, hidden, channels, s.n, s.w_gate.panels, s.gate,
+                     [&](Vec<T> v, int c, std::ptrdiff_t) { return Act::value(v * load<T>(s.w_gate.scale + c)); });
     multiply_into<T>(rows, hidden, channels, s.n, s.w1.panels, s.h, [&](Vec<T> v, int c, std::ptrdiff_t at) {
       return v * load<T>(s.w1.scale + c) * load<T>(s.gate.data + at);
     });
   } else {
-    multiply_into<T>(rows, hidden, channels, s.n, s.w1.panels, s.h, [&](Vec<T> v, int c, std::ptrdiff_t) {
-      return Act::value(v * load<T>(s.w1.scale + c));
-    });
+    multiply_into<T>(rows, hidden, channels, s.n, s.w1.panels, s.h,
+                     [&](Vec<T> v, int c, std::ptrdiff_t) { return Act::value(v * load<T>(s.w1.scale + c)); });
   }
   multiply_into<T>(rows, channels, hidden, s.h, s.w2.panels, s.n,
                    [&](Vec<T> v, int c, std::ptrdiff_t) { return v * load<T>(s.w2.scale + c); });
@@ -339,8 +145,7 @@ void backward_hidden(const Plan<T>& plan, const BackwardScratch<T>& s, int rows)
 // From dn to the gradient of x, in place, and of the norm weight: with u = x * inverse and d = dn * weight,
 // dx = inverse * (d - u * mean(d * u)).
 template <class T>
-void rms_norm_backward(const NeuralField& f, const BackwardScratch<T>& s, std::int64_t patch, int first,
-                       int rows) {
+void rms_norm_backward(const NeuralField& f, const BackwardScratch<T>& s, std::int64_t patch, int first, int rows) {
   const int channels = f.channels;
   read_rows<T>(f.x, f.dtype, patch, first, rows, channels, s.g);
   for (int r = 0; r < rows; ++r) {
@@ -376,8 +181,7 @@ void backward_tile(const NeuralField& f, const NeuralFieldGradients& d, const Pl
     if (plan.gated) multiply_transposed<T>(channels, hidden, rows, s.n, s.db, s.d_w_gate, first > 0);
   }
   if (!d.x.data && !d.norm_weight) return;
-  multiply_into<T>(rows, channels, hidden, s.da, s.w1_t, s.dn,
-                   [](Vec<T> v, int, std::ptrdiff_t) { return v; });
+  multiply_into<T>(rows, channels, hidden, s.da, s.w1_t, s.dn, [](Vec<T> v, int, std::ptrdiff_t) { return v; });
   if (plan.gated) {
     multiply_into<T>(rows, channels, hidden, s.db, s.w_gate_t, s.dn,
                      [&](Vec<T> v, int, std::ptrdiff_t at) { return v + load<T>(s.dn.data + at); });
@@ -388,8 +192,8 @@ void backward_tile(const NeuralField& f, const NeuralFieldGradients& d, const Pl
 
 // Finish a weight's gradient and store it: out = d - w s * columns_sum(w s * d).
 template <class T>
-void write_weight_gradient(const Weight<T>& w, Panels<T> d, DType dtype, std::int64_t patch, int rows,
-                           int columns, const MutableMatrices& target) {
+void write_weight_gradient(const Weight<T>& w, Panels<T> d, DType dtype, std::int64_t patch, int rows, int columns,
+                           const MutableMatrices& target) {
   for (int c = 0; c < columns; c += kLanes<T>) {
     const Vec<T> slope = load<T>(w.slope + c);
     const auto at = [&](Panels<T> m, int r) { return m.row(c / kPanel<T>, r) + c % kPanel<T>; };
@@ -403,8 +207,8 @@ void write_weight_gradient(const Weight<T>& w, Panels<T> d, DType dtype, std::in
 }
 
 template <class T, class Act>
-void backward_patch(const NeuralField& f, const NeuralFieldGradients& d, const Plan<T>& plan,
-                    BackwardScratch<T>& s, std::int64_t patch, T* d_norm) {
+void backward_patch(const NeuralField& f, const NeuralFieldGradients& d, const Plan<T>& plan, BackwardScratch<T>& s,
+                    std::int64_t patch, T* d_norm) {
   const int channels = plan.channels, hidden = plan.hidden;
   pack<T>(f.w1, f.dtype, patch, channels, hidden, f.normalize_w1, f.weight_eps, s.w1);
   pack<T>(f.w2, f.dtype, patch, hidden, channels, f.normalize_w2, f.weight_eps, s.w2);
@@ -415,13 +219,11 @@ void backward_patch(const NeuralField& f, const NeuralFieldGradients& d, const P
     transpose<T>(channels, hidden, s.w_gate.panels, s.w_gate_t);
   }
   for (int c = 0; c < round_up(channels, kLanes<T>); ++c) s.d_norm[c] = T(0);
-  for (int first = 0; first < plan.pixels; first += plan.tile)
-    backward_tile<T, Act>(f, d, plan, s, patch, first);
+  for (int first = 0; first < plan.pixels; first += plan.tile) backward_tile<T, Act>(f, d, plan, s, patch, first);
   if (d.w1.data) {
     write_weight_gradient<T>(s.w1, s.d_w1, f.dtype, patch, channels, hidden, d.w1);
     write_weight_gradient<T>(s.w2, s.d_w2, f.dtype, patch, hidden, channels, d.w2);
-    if (plan.gated)
-      write_weight_gradient<T>(s.w_gate, s.d_w_gate, f.dtype, patch, channels, hidden, d.w_gate);
+    if (plan.gated) write_weight_gradient<T>(s.w_gate, s.d_w_gate, f.dtype, patch, channels, hidden, d.w_gate);
   }
   if (d_norm) {
     for (int c = 0; c < channels; ++c) d_norm[c] = s.d_norm[c];
@@ -434,11 +236,9 @@ void backward(const NeuralField& f, const NeuralFieldGradients& d) {
   Arena<T> measure(nullptr);
   BackwardScratch<T>(f, plan, measure);
   const Scratch scratch(measure.used(), workers_for(f.patches, f.threads));
-  // One row of partial sums per patch, added up in the order of the patches: the same bits on any number of
-  // threads.
+  // One row of partial sums per patch, added up in the patches' order: the same bits on any number of threads.
   const bool wants_norm = d.norm_weight != nullptr;
-  const Scratch partial_memory(wants_norm ? static_cast<std::size_t>(f.patches) * f.channels * sizeof(T) : 1,
-                               1);
+  const Scratch partial_memory(wants_norm ? static_cast<std::size_t>(f.patches) * f.channels * sizeof(T) : 1, 1);
   T* partials = wants_norm ? static_cast<T*>(partial_memory.slice(0)) : nullptr;
   parallel_for(f.patches, f.threads, [&](int worker, std::int64_t patch) {
     Arena<T> arena(scratch.slice(worker));

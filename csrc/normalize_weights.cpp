@@ -23,8 +23,7 @@ void for_chunks(const ColumnNorm& n, Function&& function) {
     const std::int64_t first = item % chunks * kChunk, left = n.columns - first;
     Sums<T> sums;
     for (int c = 0; c < kChunk; ++c) sums.squares[c] = sums.dots[c] = T(0);
-    function(sums, item / chunks * n.rows * n.columns + first,
-             static_cast<int>(left < kChunk ? left : kChunk));
+    function(sums, item / chunks * n.rows * n.columns + first, static_cast<int>(left < kChunk ? left : kChunk));
   });
 }
 

@@ -29,8 +29,7 @@ int visit(dl_phdr_info* info, std::size_t, void* data) {
   auto* runtime = static_cast<Runtime*>(data);
   const std::string path = info->dlpi_name ? info->dlpi_name : "";
   const std::string name = path.substr(path.rfind('/') + 1);
-  if (name.rfind("libgomp", 0) != 0 && name.rfind("libiomp5", 0) != 0 && name.rfind("libomp", 0) != 0)
-    return 0;
+  if (name.rfind("libgomp", 0) != 0 && name.rfind("libiomp5", 0) != 0 && name.rfind("libomp", 0) != 0) return 0;
   void* handle = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   if (!handle) return 0;
   runtime->parallel = reinterpret_cast<GompParallel>(dlsym(handle, "GOMP_parallel"));
@@ -60,8 +59,7 @@ struct Loop {
 
   void run() {
     const int worker = workers.fetch_add(1, std::memory_order_relaxed);
-    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-      body(context, worker, i);
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, worker, i);
   }
 };
 
@@ -80,8 +78,7 @@ void parallel_for(std::int64_t count, int threads, LoopBody body, void* context)
   if (team <= 1) {
     loop.run();
   } else {
-    runtime().parallel([](void* data) { static_cast<Loop*>(data)->run(); }, &loop,
-                       static_cast<unsigned>(team), 0);
+    runtime().parallel([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, static_cast<unsigned>(team), 0);
   }
 }
 

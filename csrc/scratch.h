@@ -12,8 +12,7 @@ class Scratch {
  public:
   Scratch(std::size_t bytes_per_worker, int workers)
       : slice_((bytes_per_worker + kAlign - 1) / kAlign * kAlign),
-        data_(static_cast<char*>(
-            std::aligned_alloc(kAlign, slice_ * static_cast<std::size_t>(workers) + kAlign))) {
+        data_(static_cast<char*>(std::aligned_alloc(kAlign, slice_ * static_cast<std::size_t>(workers) + kAlign))) {
     if (!data_) throw std::bad_alloc();
   }
   ~Scratch() { std::free(data_); }

@@ -1,5 +1,4 @@
-// Vectors of the instruction set that the including file is compiled for, on the compiler's vector
-// extensions.
+// Vectors of the instruction set that the including file is compiled for (the compiler's vector extensions).
 //
 // Kernel files are compiled once per instruction set, so everything here lives in a namespace of that set's
 // name: the linker must never merge two versions of one inline function. For the same reason these headers
@@ -133,9 +132,7 @@ PIXNERD_INLINE T square_root(T x) {
 PIXNERD_INLINE float from_bits(std::uint32_t bits) { return __builtin_bit_cast(float, bits); }
 PIXNERD_INLINE std::uint32_t to_bits(float value) { return __builtin_bit_cast(std::uint32_t, value); }
 
-PIXNERD_INLINE float bfloat16_to_float(std::uint16_t h) {
-  return from_bits(static_cast<std::uint32_t>(h) << 16);
-}
+PIXNERD_INLINE float bfloat16_to_float(std::uint16_t h) { return from_bits(static_cast<std::uint32_t>(h) << 16); }
 PIXNERD_INLINE std::uint16_t float_to_bfloat16(float value) {
   const std::uint32_t bits = to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
@@ -182,13 +179,11 @@ PIXNERD_INLINE void store_bfloat16(std::uint16_t* p, Vec<float> v) {
   const VecU bits = reinterpret_cast<VecU>(v);
   VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   rounded = (bits & 0x7fffffffu) > 0x7f800000u ? VecU{} + 0x7fc0u : rounded;
-  *reinterpret_cast<HalfBits*>(p) =
-      __builtin_convertvector(rounded, VectorOf<std::uint16_t, kVectorBytes / 2>::type);
+  *reinterpret_cast<HalfBits*>(p) = __builtin_convertvector(rounded, VectorOf<std::uint16_t, kVectorBytes / 2>::type);
 }
 PIXNERD_INLINE Vec<float> load_float16(const std::uint16_t* p) {
 #if defined(PIXNERD_ISA_AVX512)
-  return reinterpret_cast<Vec<float>>(
-      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(PIXNERD_ISA_AVX2)
   return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
@@ -207,8 +202,7 @@ PIXNERD_INLINE void store_float16(std::uint16_t* p, Vec<float> v) {
 #endif
 }
 
-// How elements of a stored type S (double, float, or bits of a 16-bit type) become numbers of type T and
-// back.
+// How stored elements (double, float, or the bits of a 16-bit type) become numbers and back.
 template <class T>
 struct Native {
   using Stored = T;

@@ -259,15 +259,9 @@ def _forward(x, w1, w2, w_gate, norm_weight, *options):  # type: ignore[no-untyp
 
 def _backward(grad, x, w1, w2, w_gate, norm_weight, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
     *options, forced = options
-    targets = [torch.empty_like(w, memory_format=torch.contiguous_format) if need_weights else None
-               for w in (w1, w2)]  # fmt: skip
-    if w_gate is not None:
-        targets.append(
-            torch.empty_like(w_gate, memory_format=torch.contiguous_format) if need_weights else None
-        )
-    else:
-        targets.append(None)
-    dx, d_norm = _run_backward(grad, x, (w1, w2, w_gate), norm_weight, need_x, targets, options, forced)
+    weights = (w1, w2, w_gate)
+    targets = [None if w is None or not need_weights else _empty(w) for w in weights]
+    dx, d_norm = _run_backward(grad, x, weights, norm_weight, need_x, targets, options, forced)
     return [_or_empty(t, x) for t in (dx, *targets, d_norm)]
 
 
@@ -277,7 +271,7 @@ def _packed_forward(x, params, norm_weight, hidden, gated, *options):  # type: i
 
 def _packed_backward(grad, x, params, norm_weight, hidden, gated, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
     *options, forced = options
-    d_params = torch.empty_like(params, memory_format=torch.contiguous_format) if need_weights else None
+    d_params = _empty(params) if need_weights else None
     targets = [None] * 3 if d_params is None else list(_split(d_params, x.shape[2], hidden, gated))
     weights = _split(params, x.shape[2], hidden, gated)
     dx, d_norm = _run_backward(grad, x, weights, norm_weight, need_x, targets, options, forced)
@@ -302,23 +296,29 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-def _dense(tensor: Tensor | None, like: Tensor, wanted: bool = True) -> Tensor:
-    if tensor is None or not wanted:
-        return like.new_empty(0)
+def _empty(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
+def _fake_gradient(tensor: Tensor | None, like: Tensor, wanted: bool = True) -> Tensor:
+    return _empty(tensor) if tensor is not None and wanted else like.new_empty(0)
+
+
 def _fake_forward(x, *rest):  # type: ignore[no-untyped-def]
-    return _dense(x, x)
+    return _empty(x)
 
 
 def _fake_backward(grad, x, w1, w2, w_gate, norm_weight, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
-    weights = [_dense(w, x, need_weights) for w in (w1, w2, w_gate)]
-    return [_dense(x, x, need_x), *weights, _dense(norm_weight, x)]
+    weights = [_fake_gradient(w, x, need_weights) for w in (w1, w2, w_gate)]
+    return [_fake_gradient(x, x, need_x), *weights, _fake_gradient(norm_weight, x)]
 
 
 def _fake_packed_backward(grad, x, params, norm_weight, hidden, gated, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
-    return [_dense(x, x, need_x), _dense(params, x, need_weights), _dense(norm_weight, x)]
+    return [
+        _fake_gradient(x, x, need_x),
+        _fake_gradient(params, x, need_weights),
+        _fake_gradient(norm_weight, x),
+    ]
 
 
 _NEEDS = "bool need_x, bool need_weights"
