@@ -39,14 +39,10 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-def _from_environment() -> str:
-    name = os.environ.get("PIXNERD_BACKEND", "")
-    return _checked(name, "PIXNERD_BACKEND") if name else ""
-
-
 # A plain global and no ContextVar: torch.compile reads it as a constant guarded against change, so that a
 # forced backend is part of the compiled graph, backward included.
-_forced: str = _from_environment()
+# The environment's value is checked when an op asks for it: importing the package must not fail.
+_forced: str = os.environ.get("PIXNERD_BACKEND", "")
 
 
 @contextmanager
@@ -73,8 +69,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def forced_backend() -> str:
-    """The name of the forced backend, or an empty string when each op chooses for itself."""
-    return _forced
+    """The name of the forced backend, or an empty string when each op chooses for itself.
+
+    Raises:
+        ValueError: ``PIXNERD_BACKEND`` names an unknown backend.
+    """
+    return _checked(_forced, "PIXNERD_BACKEND") if _forced else ""
 
 
 @functools.cache

@@ -212,9 +212,16 @@ def test_a_forced_core_that_is_missing_raises():
 
 
 def test_an_unknown_backend_in_the_environment():
+    problem = "PIXNERD_BACKEND: unknown backend 'fast', expected one of reference, cpu, triton"
     done = python("import pixnerd_kernels", PIXNERD_BACKEND="fast")
+    assert done.returncode == 0, done.stderr
+    done = python(RUN, PIXNERD_BACKEND="fast")
     assert done.returncode != 0
-    assert "PIXNERD_BACKEND: unknown backend 'fast', expected one of reference, cpu, triton" in done.stderr
+    assert f"ValueError: {problem}" in done.stderr
+    done = python(
+        "from pixnerd_kernels.cli import main; raise SystemExit(main(['info']))", PIXNERD_BACKEND="fast"
+    )
+    assert (done.returncode, done.stderr) == (2, f"pixnerd info: error: {problem}\n")
 
 
 ISA = "from pixnerd_kernels import backends; print(backends.native().isa())"

@@ -30,6 +30,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_environment() -> None:
+    from pixnerd_kernels.backends import forced_backend
+
+    try:
+        forced_backend()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code.
 
@@ -40,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     try:
+        _check_environment()
         code: int = args.run(args)
         return code
     except UsageError as error:

@@ -16,6 +16,9 @@ from pixnerd_kernels.ops.neural_field_mlp import reference
 ACTIVATIONS = ("silu", "gelu", "relu")
 WEIGHTS = ("w1", "w2", "w_gate")
 
+# torch.is_autocast_enabled raises for others, and torch 2.6's compiler cannot trace is_autocast_available.
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 
 class FieldParams(NamedTuple):
     """Generated weights of N neural fields, as views into one packed tensor.
@@ -214,7 +217,7 @@ def _check_options(
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast to the autocast dtype where autocast is on for the first tensor's device; float64 is left alone."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
+    if not isinstance(first, Tensor) or first.device.type not in _AUTOCAST_DEVICES:
         return tensors
     if not torch.is_autocast_enabled(first.device.type):
         return tensors
