@@ -55,4 +55,4 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build $(VENV) $(OUT) pixnerd_kernels/_native*
+	rm -rf build .venv demo pixnerd_kernels/_native*

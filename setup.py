@@ -29,7 +29,9 @@ def flag(name: str) -> bool:
 def run(command: list[str]) -> None:
     """Run a build step; on failure raise with the end of what it printed."""
     print("+", shlex.join(command), flush=True)
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT
+    )
     print(result.stdout, flush=True)
     if result.returncode:
         tail = "\n".join(result.stdout.strip().splitlines()[-15:])
@@ -50,12 +52,12 @@ class CMakeBuild(build_ext):
             if flag("PIXNERD_REQUIRE_NATIVE"):
                 raise
             print(f"WARNING: the compiled CPU core was not built: {error}", file=sys.stderr, flush=True)
-            target.unlink(missing_ok=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            note = (
-                ROOT / "pixnerd_kernels" if self.inplace or self.editable_mode else target.parent
-            ) / MISSING
-            note.write_text(f"{error}\n")
+            # An older core beside newer Python is worse than none.
+            home = ROOT / "pixnerd_kernels" if self.inplace or self.editable_mode else target.parent
+            for folder in {home, target.parent}:
+                (folder / target.name).unlink(missing_ok=True)
+            home.mkdir(parents=True, exist_ok=True)
+            (home / MISSING).write_text(f"{error}\n")
 
     def build_core(self, target: Path) -> None:
         import pybind11

@@ -193,7 +193,7 @@ PIXNERD_INLINE Vec<T> load_columns(Storage, const typename Storage::Stored* row,
 // Alternate the lanes of a and b: the lower halves, or with Upper the upper halves.
 template <class T, bool Upper>
 PIXNERD_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
-  using I = typename VectorOf<std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>>::type;
+  using I [[maybe_unused]] = typename VectorOf<std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>>::type;
   constexpr int n = kLanes<T>, h = Upper ? n / 2 : 0;
   if constexpr (n == 2) {
     return PIXNERD_SHUFFLE(a, b, I, h, n + h);

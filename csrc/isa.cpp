@@ -36,8 +36,8 @@ const std::vector<Isa>& isas() {
     std::vector<Isa> list{{"portable", true, PIXNERD_KERNELS(portable)}};
 #if PIXNERD_HAS_AVX2
     __builtin_cpu_init();
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    // Every processor with AVX2 has F16C, which older compilers cannot ask for.
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     list.push_back({"avx2", has_avx2, PIXNERD_KERNELS(avx2)});
@@ -64,7 +64,11 @@ const Isa* find(const std::string& name) {
 const Isa*& current() {
   static const Isa* isa = [] {
     const char* wanted = std::getenv("PIXNERD_ISA");
-    return find(wanted && *wanted ? wanted : "auto");
+    try {
+      return find(wanted && *wanted ? wanted : "auto");
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string("PIXNERD_ISA: ") + error.what());
+    }
   }();
   return isa;
 }

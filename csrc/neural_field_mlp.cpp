@@ -87,7 +87,7 @@ struct BackwardScratch {
   Weight<T> w1, w2, w_gate;
   Panels<T> w1_t, w2_t, w_gate_t, d_w1, d_w2, d_w_gate;
   Panels<T> n, g, dn, h, da, gate, db;
-  T *norm_weight, *inverse, *d_norm;
+  T *norm_weight, *inverse, *d_norm;  // d_norm of one tile; tiles add up in double
 
   BackwardScratch(const NeuralField& f, const Plan<T>& plan, Arena<T>& arena)
       : w1(arena.weight(plan.channels, plan.hidden)), w2(arena.weight(plan.hidden, plan.channels)) {
@@ -192,9 +192,9 @@ void backward_tile(const NeuralField& f, const NeuralFieldGradients& d, const Pl
 
 // Finish a weight's gradient and store it: out = d - w s * columns_sum(w s * d).
 template <class T>
-void write_weight_gradient(const Weight<T>& w, Panels<T> d, DType dtype, std::int64_t patch, int rows, int columns,
-                           const MutableMatrices& target) {
-  for (int c = 0; c < columns; c += kLanes<T>) {
+void write_weight_gradient(const Weight<T>& w, bool normalized, Panels<T> d, DType dtype, std::int64_t patch,
+                           int rows, int columns, const MutableMatrices& target) {
+  for (int c = 0; normalized && c < columns; c += kLanes<T>) {
     const Vec<T> slope = load<T>(w.slope + c);
     const auto at = [&](Panels<T> m, int r) { return m.row(c / kPanel<T>, r) + c % kPanel<T>; };
     Vec<T> dot{};
@@ -208,7 +208,7 @@ void write_weight_gradient(const Weight<T>& w, Panels<T> d, DType dtype, std::in
 
 template <class T, class Act>
 void backward_patch(const NeuralField& f, const NeuralFieldGradients& d, const Plan<T>& plan, BackwardScratch<T>& s,
-                    std::int64_t patch, T* d_norm) {
+                    std::int64_t patch, double* d_norm) {
   const int channels = plan.channels, hidden = plan.hidden;
   pack<T>(f.w1, f.dtype, patch, channels, hidden, f.normalize_w1, f.weight_eps, s.w1);
   pack<T>(f.w2, f.dtype, patch, hidden, channels, f.normalize_w2, f.weight_eps, s.w2);
@@ -218,15 +218,17 @@ void backward_patch(const NeuralField& f, const NeuralFieldGradients& d, const P
     pack<T>(f.w_gate, f.dtype, patch, channels, hidden, f.normalize_w_gate, f.weight_eps, s.w_gate);
     transpose<T>(channels, hidden, s.w_gate.panels, s.w_gate_t);
   }
-  for (int c = 0; c < round_up(channels, kLanes<T>); ++c) s.d_norm[c] = T(0);
-  for (int first = 0; first < plan.pixels; first += plan.tile) backward_tile<T, Act>(f, d, plan, s, patch, first);
-  if (d.w1.data) {
-    write_weight_gradient<T>(s.w1, s.d_w1, f.dtype, patch, channels, hidden, d.w1);
-    write_weight_gradient<T>(s.w2, s.d_w2, f.dtype, patch, hidden, channels, d.w2);
-    if (plan.gated) write_weight_gradient<T>(s.w_gate, s.d_w_gate, f.dtype, patch, channels, hidden, d.w_gate);
+  for (int c = 0; d_norm && c < channels; ++c) d_norm[c] = 0;
+  for (int first = 0; first < plan.pixels; first += plan.tile) {
+    for (int c = 0; c < round_up(channels, kLanes<T>); ++c) s.d_norm[c] = T(0);
+    backward_tile<T, Act>(f, d, plan, s, patch, first);
+    for (int c = 0; d_norm && c < channels; ++c) d_norm[c] += s.d_norm[c];
   }
-  if (d_norm) {
-    for (int c = 0; c < channels; ++c) d_norm[c] = s.d_norm[c];
+  if (d.w1.data) {
+    write_weight_gradient<T>(s.w1, f.normalize_w1, s.d_w1, f.dtype, patch, channels, hidden, d.w1);
+    write_weight_gradient<T>(s.w2, f.normalize_w2, s.d_w2, f.dtype, patch, hidden, channels, d.w2);
+    if (plan.gated)
+      write_weight_gradient<T>(s.w_gate, f.normalize_w_gate, s.d_w_gate, f.dtype, patch, channels, hidden, d.w_gate);
   }
 }
 
@@ -236,10 +238,11 @@ void backward(const NeuralField& f, const NeuralFieldGradients& d) {
   Arena<T> measure(nullptr);
   BackwardScratch<T>(f, plan, measure);
   const Scratch scratch(measure.used(), workers_for(f.patches, f.threads));
-  // One row of partial sums per patch, added up in the patches' order: the same bits on any number of threads.
+  // One row of sums per patch, added up in the patches' order: the same bits on any number of threads.
   const bool wants_norm = d.norm_weight != nullptr;
-  const Scratch partial_memory(wants_norm ? static_cast<std::size_t>(f.patches) * f.channels * sizeof(T) : 1, 1);
-  T* partials = wants_norm ? static_cast<T*>(partial_memory.slice(0)) : nullptr;
+  const std::size_t sums = wants_norm ? static_cast<std::size_t>(f.patches) * f.channels : 1;
+  const Scratch sums_memory(sums * sizeof(double), 1);
+  double* partials = wants_norm ? static_cast<double*>(sums_memory.slice(0)) : nullptr;
   parallel_for(f.patches, f.threads, [&](int worker, std::int64_t patch) {
     Arena<T> arena(scratch.slice(worker));
     BackwardScratch<T> s(f, plan, arena);

@@ -6,17 +6,13 @@
 #include <atomic>
 #include <string>
 
-#if defined(__linux__)
-#include <link.h>
-#endif
-
 namespace pixnerd {
 namespace {
 
-// GOMP_parallel is the stable entry point that GCC's `#pragma omp parallel` calls; libgomp defines it and
-// LLVM's and Intel's runtimes do too on Linux. Looking it up in whatever torch has loaded, in place of
-// linking to a library of a fixed name, keeps one runtime (and one thread pool) in the process: torch's
-// wheels have carried libgomp under several names.
+// GOMP_parallel is the stable entry point that GCC's `#pragma omp parallel` calls; libgomp defines it, and LLVM's and
+// Intel's runtimes do too on Linux. Looked up through libtorch_cpu it is the one that torch itself calls, whatever
+// name torch's wheel gives its library and whatever other runtimes (scikit-learn brings one) the process has loaded:
+// torch's thread pool and ours are the same.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 struct Runtime {
@@ -24,27 +20,17 @@ struct Runtime {
   std::string path;
 };
 
-#if defined(__linux__)
-int visit(dl_phdr_info* info, std::size_t, void* data) {
-  auto* runtime = static_cast<Runtime*>(data);
-  const std::string path = info->dlpi_name ? info->dlpi_name : "";
-  const std::string name = path.substr(path.rfind('/') + 1);
-  if (name.rfind("libgomp", 0) != 0 && name.rfind("libiomp5", 0) != 0 && name.rfind("libomp", 0) != 0) return 0;
-  void* handle = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-  if (!handle) return 0;
-  runtime->parallel = reinterpret_cast<GompParallel>(dlsym(handle, "GOMP_parallel"));
-  if (!runtime->parallel) return 0;
-  runtime->path = path;
-  return 1;
-}
-#endif
-
 const Runtime& runtime() {
   static const Runtime found = [] {
     Runtime result;
-#if defined(__linux__)
-    dl_iterate_phdr(visit, &result);
-#endif
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (!torch) return result;
+    void* symbol = dlsym(torch, "GOMP_parallel");
+    Dl_info info{};
+    if (symbol && dladdr(symbol, &info) && info.dli_fname) {
+      result.parallel = reinterpret_cast<GompParallel>(symbol);
+      result.path = info.dli_fname;
+    }
     return result;
   }();
   return found;

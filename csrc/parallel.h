@@ -1,4 +1,4 @@
-// Parallel loops on the OpenMP runtime that the process already has.
+// Parallel loops on the OpenMP runtime that torch uses.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace pixnerd {
 
-// The path of the OpenMP runtime in use, or an empty string where none is loaded (loops then run serially).
+// The path of torch's OpenMP runtime, or an empty string where torch is not loaded (loops then run serially).
 const char* openmp_runtime();
 
 using LoopBody = void (*)(void* context, int worker, std::int64_t index);

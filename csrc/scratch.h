@@ -1,11 +1,11 @@
-// Memory for the workers of one call.
+// Memory for the workers of one call. In the instruction set's namespace, like everything inline (see simd.h).
 #pragma once
 
 #include <cstddef>
 #include <cstdlib>
 #include <new>
 
-namespace pixnerd {
+namespace pixnerd::PIXNERD_ISA {
 
 // One 64-byte aligned slice per worker. Throws std::bad_alloc.
 class Scratch {
@@ -27,4 +27,4 @@ class Scratch {
   char* data_;
 };
 
-}  // namespace pixnerd
+}  // namespace pixnerd::PIXNERD_ISA

@@ -114,9 +114,11 @@ PIXNERD_INLINE Vec<float> reciprocal(Vec<float> x) {
 }
 PIXNERD_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
 
+// Zero below -87, where exp saturates: callers multiply it by powers of x.
 template <class T>
 PIXNERD_INLINE Vec<T> sigmoid(Vec<T> x) {
-  return reciprocal(T(1) + exp(-x));
+  const Vec<T> s = reciprocal(T(1) + exp(-x));
+  return x < T(-87) ? Vec<T>{} : s;
 }
 
 template <class T>

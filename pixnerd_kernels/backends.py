@@ -19,14 +19,14 @@ from types import ModuleType
 
 import torch
 
+from pixnerd_kernels.checks import FLOATS
+
 BACKENDS = ("reference", "cpu", "triton")
 
 #: Ops with a compiled CPU kernel; every op has a reference.
 CPU_OPS = frozenset({"neural_field_mlp", "coordinate_encoding", "normalize_weights"})
 #: Ops with a Triton kernel: none is written yet.
 TRITON_OPS: frozenset[str] = frozenset()
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _flag(name: str) -> bool:
@@ -92,7 +92,7 @@ def _load_native() -> tuple[ModuleType | None, str]:
 
 
 def native() -> ModuleType:
-    """The compiled core, with its thread count set to torch's.
+    """The compiled core.
 
     Raises:
         NotImplementedError: the core is not there; the message says why.
@@ -131,7 +131,7 @@ def not_supported_reasons(
 ) -> list[str]:
     """Every reason why `op` cannot run on `backend` for tensors of this device and dtype; empty if it can."""
     reasons: list[str] = []
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         reasons.append(f"{dtype} is not one of float32, float64, bfloat16, float16")
     if backend == "triton":
         reasons += _triton_reasons(op, device)
@@ -150,8 +150,11 @@ def select(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> st
     """The backend that runs `op` for these tensors: the forced one, or the best that can.
 
     Raises:
+        TypeError: no backend computes in this dtype.
         NotImplementedError: the forced backend cannot run; the message lists every reason.
     """
+    if dtype not in FLOATS:
+        raise TypeError(f"{op}: expected float32, float64, bfloat16 or float16, got {dtype}")
     if forced:
         if reasons := not_supported_reasons(op, forced, device, dtype):
             lines = "\n".join(f"  - {reason}" for reason in reasons)

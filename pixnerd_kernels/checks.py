@@ -41,6 +41,9 @@ class Problems:
             return False
         if value.dtype not in FLOATS:
             self.add_type(argument, "a float32, float64, bfloat16 or float16 tensor", value)
+        if value.layout != torch.strided:
+            self.add_type(argument, "a dense (strided) tensor", value.layout)
+            return False
         if value.dim() != rank:
             self.add(argument, f"{layout} ({rank} dimensions)", value)
             return False
@@ -66,16 +69,19 @@ class Problems:
         """Check for a finite number of at least `minimum`."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.add_type(argument, "a number", value)
-        elif not minimum <= value < float("inf"):
+        elif not minimum <= value <= 1e300:
             self.add(argument, f"a finite number of at least {minimum:g}", value)
 
-    def count(self, argument: str, value: object, minimum: int = 1) -> bool:
-        """Check for an integer of at least `minimum`; True when it is one."""
+    def count(self, argument: str, value: object, minimum: int = 1, maximum: int = 2**31 - 1) -> bool:
+        """Check for an integer from `minimum` to `maximum`; True when it is one."""
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             self.add_type(argument, "an integer", value)
             return False
         if value < minimum:
             self.add(argument, f"an integer of at least {minimum}", value)
+            return False
+        if value > maximum:
+            self.add(argument, f"an integer of at most {maximum}", value)
             return False
         return True
 

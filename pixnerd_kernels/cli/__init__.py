@@ -31,10 +31,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_environment() -> None:
-    from pixnerd_kernels.backends import forced_backend
+    import torch
+
+    from pixnerd_kernels import backends
 
     try:
-        forced_backend()
+        backends.forced_backend()
+        if not backends.not_supported_reasons("neural_field_mlp", "cpu", torch.device("cpu")):
+            backends.native().isa()
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,8 +13,7 @@ LIBRARY = torch.library.Library("pixnerd", "DEF")
 def register(schema: str, implementation: Callable, fake: Callable) -> None:
     """Define ``pixnerd::<schema>``: one implementation for every device, and its fake for tracing.
 
-    The implementation chooses the backend; without an autograd registration (see `register_autograd`) the op
-    refuses gradients.
+    The implementation chooses the backend. Gradients need `register_autograd`; backward ops, `refuse_gradients`.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
@@ -28,3 +28,29 @@ def register_autograd(name: str, apply: Callable) -> None:
     `torch.library.custom_op` with `register_autograd` does per call.
     """
     LIBRARY.impl(name, apply, "Autograd")
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A backward op whose results are in the graph, so that differentiating them is an error and not a zero."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *args: Any) -> Any:
+        ctx.name = name
+        with torch._C._AutoDispatchBelowAutograd():
+            out = getattr(torch.ops.pixnerd, name)(*args)
+        return tuple(out) if isinstance(out, list) else out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        op = ctx.name.removesuffix("_backward")
+        raise RuntimeError(f"pixnerd::{op} can be differentiated once only: it has no second derivative")
+
+
+def refuse_gradients(name: str) -> None:
+    """Make the gradients that backward op `name` returns raise RuntimeError when they are differentiated."""
+
+    def kernel(*args: Any) -> Any:
+        out = _OnceDifferentiable.apply(name, *args)
+        return list(out) if isinstance(out, tuple) else out
+
+    LIBRARY.impl(name, kernel, "Autograd")

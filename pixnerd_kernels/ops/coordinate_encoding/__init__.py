@@ -55,7 +55,7 @@ def coordinate_encoding(
     problems = Problems("coordinate_encoding")
     problems.count("height", height)
     problems.count("width", width)
-    counted = problems.count("max_freqs", max_freqs)
+    counted = problems.count("max_freqs", max_freqs, maximum=4096)
     problems.choice("kind", kind, KINDS)
     if counted and kind in ("rope", "sincos") and max_freqs % 2:
         problems.add("max_freqs", f"an even number for kind {kind!r}", max_freqs)
@@ -87,7 +87,7 @@ def _factors(problems: Problems, scale: object, kind: str) -> tuple[float, float
         problems.add("scale", "one number or a pair (x, y)", scale)
         return 1.0, 1.0
     before = len(problems.lines)
-    for value in dict.fromkeys(pair):
+    for value in pair:
         problems.number("scale", value)
     if len(problems.lines) > before:
         return 1.0, 1.0
@@ -96,7 +96,6 @@ def _factors(problems: Problems, scale: object, kind: str) -> tuple[float, float
 
 def _forward(height, width, max_freqs, kind, scale_x, scale_y, device, dtype, forced):  # type: ignore[no-untyped-def]
     backend: Any = reference
-    device = torch.get_default_device() if device is None else device
     if backends.select("coordinate_encoding", device, dtype, forced) == "cpu":
         from pixnerd_kernels.ops.coordinate_encoding import cpu
 
@@ -110,7 +109,7 @@ def _fake(height, width, max_freqs, kind, scale_x, scale_y, device, dtype, force
 
 register(
     "coordinate_encoding(int height, int width, int max_freqs, str kind, float scale_x, float scale_y, "
-    "Device? device, ScalarType dtype, str forced) -> Tensor",
+    "Device device, ScalarType dtype, str forced) -> Tensor",
     _forward,
     _fake,
 )

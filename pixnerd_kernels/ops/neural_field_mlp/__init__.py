@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems
-from pixnerd_kernels.ops.library import register, register_autograd
+from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
 from pixnerd_kernels.ops.neural_field_mlp import reference
 
 ACTIVATIONS = ("silu", "gelu", "relu")
@@ -350,7 +350,6 @@ class _NeuralFieldMLP(torch.autograd.Function):
             return torch.ops.pixnerd.neural_field_mlp(x, w1, w2, w_gate, norm_weight, *options)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad
         gradients = torch.ops.pixnerd.neural_field_mlp_backward(
@@ -369,7 +368,6 @@ class _NeuralFieldMLPPacked(torch.autograd.Function):
             return torch.ops.pixnerd.neural_field_mlp_packed(x, params, norm_weight, hidden, gated, *options)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         hidden, gated, options = ctx.options
         needs = ctx.needs_input_grad
@@ -382,3 +380,5 @@ class _NeuralFieldMLPPacked(torch.autograd.Function):
 
 register_autograd("neural_field_mlp", _NeuralFieldMLP.apply)
 register_autograd("neural_field_mlp_packed", _NeuralFieldMLPPacked.apply)
+refuse_gradients("neural_field_mlp_backward")
+refuse_gradients("neural_field_mlp_packed_backward")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels.backends import native
+from pixnerd_kernels.checks import describe
 from pixnerd_kernels.ops.native import DTYPES, dense_rows, strided
 from pixnerd_kernels.ops.neural_field_mlp.reference import compute_dtype
 
@@ -27,16 +28,36 @@ def _field(
     norm_eps: float,
     weight_eps: float,
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """The core's description of a call, and the tensors that must outlive it."""
+    """The core's description of a call, and the tensors that must outlive it.
+
+    Exported programs and graph passes call the op without the public function's checks: the shapes and dtypes that
+    the core relies on are checked once more.
+    """
+    patches, pixels, channels = x.shape
+    hidden = w1.shape[-1]
+    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("w1", w1, (patches, channels, hidden)),
+        ("w2", w2, (patches, hidden, channels)),
+        ("w_gate", w_gate, (patches, channels, hidden)),
+    ]
+    for name, weight, shape in expected:
+        if weight is not None and (
+            weight.shape != shape or weight.dtype != x.dtype or weight.device != x.device
+        ):
+            raise ValueError(
+                f"{name}: expected {list(shape)} {x.dtype} on {x.device}, got {describe(weight)}"
+            )
+    if norm_weight is not None and norm_weight.shape != (channels,):
+        raise ValueError(f"norm_weight: expected [{channels}], got {describe(norm_weight)}")
     x, w1, w2 = dense_rows(x), dense_rows(w1), dense_rows(w2)
     w_gate = None if w_gate is None else dense_rows(w_gate)
     if norm_weight is not None:
         norm_weight = norm_weight.to(compute_dtype(x.dtype)).contiguous()
     field = native().NeuralField(
-        patches=x.shape[0],
-        pixels=x.shape[1],
-        channels=x.shape[2],
-        hidden=w1.shape[2],
+        patches=patches,
+        pixels=pixels,
+        channels=channels,
+        hidden=hidden,
         dtype=DTYPES[x.dtype],
         activation=_ACTIVATIONS[activation],
         residual=residual,
@@ -82,6 +103,8 @@ def backward(
     if norm_weight is not None:
         d_norm = torch.empty_like(norm_weight, dtype=compute_dtype(x.dtype))
     if x.numel():
+        if grad.shape != x.shape or grad.dtype != x.dtype:
+            raise ValueError(f"grad: expected {list(x.shape)} {x.dtype}, got {describe(grad)}")
         grad = dense_rows(grad)
         field, alive = _field(x, w1, w2, w_gate, norm_weight, *options)
         native().neural_field_mlp_backward(

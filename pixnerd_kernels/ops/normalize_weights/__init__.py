@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import FLOATS, Problems
-from pixnerd_kernels.ops.library import register, register_autograd
+from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
 from pixnerd_kernels.ops.normalize_weights import reference
 
 
@@ -85,10 +85,10 @@ class _NormalizeWeights(torch.autograd.Function):
             return torch.ops.pixnerd.normalize_weights(w, dim, eps, forced)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (w,) = ctx.saved_tensors
         return torch.ops.pixnerd.normalize_weights_backward(grad, w, *ctx.options), None, None, None
 
 
 register_autograd("normalize_weights", _NormalizeWeights.apply)
+refuse_gradients("normalize_weights_backward")

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels.backends import native
+from pixnerd_kernels.checks import describe
 from pixnerd_kernels.ops.native import DTYPES
 
 
 def _run(w: Tensor, grad: Tensor | None, dim: int, eps: float) -> Tensor:
     w = w.contiguous()
-    grad = None if grad is None else grad.contiguous()
+    if grad is not None:
+        if grad.shape != w.shape or grad.dtype != w.dtype:
+            raise ValueError(f"grad: expected {list(w.shape)} {w.dtype}, got {describe(grad)}")
+        grad = grad.contiguous()
     out = torch.empty_like(w)
     if out.numel():
         native().normalize_weights(
