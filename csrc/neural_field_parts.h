@@ -11,9 +11,10 @@ template <class T>
 struct Silu {
   PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return z * sigmoid<T>(z); }
   PIXNERD_INLINE static void both(Vec<T> z, Vec<T>& value, Vec<T>& slope) {
-    const Vec<T> s = sigmoid<T>(z);
+    Vec<T> s, complement;
+    sigmoid<T>(z, s, complement);
     value = z * s;
-    slope = s + value * (T(1) - s);
+    slope = s + value * complement;
   }
 };
 
@@ -23,9 +24,10 @@ struct Gelu {
   static constexpr T kA = T(1.5957691216057308), kB = T(0.044715);
   PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return z * sigmoid<T>(kA * (z + kB * z * z * z)); }
   PIXNERD_INLINE static void both(Vec<T> z, Vec<T>& value, Vec<T>& slope) {
-    const Vec<T> s = sigmoid<T>(kA * (z + kB * z * z * z));
+    Vec<T> s, complement;
+    sigmoid<T>(kA * (z + kB * z * z * z), s, complement);
     value = z * s;
-    slope = s + value * (T(1) - s) * kA * (T(1) + 3 * kB * z * z);
+    slope = s + value * complement * kA * (T(1) + 3 * kB * z * z);
   }
 };
 

@@ -114,11 +114,23 @@ PIXNERD_INLINE Vec<float> reciprocal(Vec<float> x) {
 }
 PIXNERD_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
 
-// Zero below -87, where exp saturates: callers multiply it by powers of x.
+// s = 1 / (1 + exp(-x)) and its complement 1 - s, each accurate relative to itself: callers multiply them by powers
+// of x. Where exp saturates they are 0 and 1, or 1 and 0.
+template <class T>
+PIXNERD_INLINE void sigmoid(Vec<T> x, Vec<T>& s, Vec<T>& complement) {
+  constexpr T kLowest = sizeof(T) == 4 ? T(-87) : T(-708);
+  const Vec<T> e = exp(-x);
+  s = reciprocal(T(1) + e);
+  complement = e * s;
+  s = x < kLowest ? Vec<T>{} : s;
+  complement = x < kLowest ? broadcast(T(1)) : complement;
+  complement = x > -kLowest ? Vec<T>{} : complement;
+}
 template <class T>
 PIXNERD_INLINE Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> s = reciprocal(T(1) + exp(-x));
-  return x < T(-87) ? Vec<T>{} : s;
+  Vec<T> s, complement;
+  sigmoid<T>(x, s, complement);
+  return s;
 }
 
 template <class T>

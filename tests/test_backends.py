@@ -233,7 +233,7 @@ def test_instruction_set_from_the_environment(core, isa):
     if isa in core.isas():
         assert done.stdout.split() == [isa]
     else:
-        assert f"instruction set '{isa}' is not supported here" in done.stderr
+        assert f"PIXNERD_ISA: instruction set '{isa}' is not supported here" in done.stderr
 
 
 def test_instruction_sets(core):
@@ -245,7 +245,21 @@ def test_instruction_sets(core):
         core.set_isa("sse9")
     assert core.isa() == before
     done = python(ISA, PIXNERD_ISA="sse9")
-    assert "'sse9' is not supported here" in done.stderr
+    assert "PIXNERD_ISA: instruction set 'sse9' is not supported here" in done.stderr
+
+
+# scikit-learn brings an OpenMP runtime of its own, loaded first where imports are sorted.
+TORCHS_RUNTIME = """
+import sklearn.cluster
+import torch
+from pixnerd_kernels import backends
+import os
+print(os.path.samefile(os.path.dirname(backends.native().openmp_runtime()), os.path.dirname(torch.__file__) + "/lib"))
+"""
+
+
+def test_the_openmp_runtime_is_torchs(core):
+    assert output(TORCHS_RUNTIME).split() == ["True"]
 
 
 LIBRARIES = """

@@ -18,6 +18,19 @@ def test_the_path_runs_from_noise_to_data_at_the_target_velocity():
     torch.testing.assert_close(moved, data)
 
 
+def test_noise_at_another_resolution_keeps_the_trained_pixels_and_unit_variance():
+    coarse = torch.randn(3000, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    for size in (16, 20, 32):
+        fine = flow.scale_noise(coarse, size)
+        assert fine.shape == (3000, 2, size, size)
+        assert (fine.var((0, 1)) - 1).abs().max() < 0.12  # every pixel, over 6000 drawings
+        assert fine.mean((0, 1)).abs().max() < 0.08
+        assert (fine[..., 0, 0] * fine[..., 0, 1]).mean() > 0.6  # neighbours go together
+    torch.testing.assert_close(flow.scale_noise(coarse, 32)[..., ::4, ::4], coarse)
+    torch.testing.assert_close(flow.scale_noise(coarse, 4), coarse[..., ::2, ::2])
+    assert torch.equal(flow.scale_noise(coarse, 8), coarse)
+
+
 def test_times_are_log_normal_and_shifted():
     t = flow.sample_times(20000, generator=torch.Generator().manual_seed(0))
     logits = t.logit()
@@ -71,6 +84,10 @@ def test_loss_draws_from_the_generator_only():
     assert torch.equal(torch.random.get_rng_state(), state)
     with pytest.raises(ValueError, match=r"y: expected the shape \[2\]"):
         flow.loss(lambda x, t, y: x, data, torch.zeros(3, dtype=torch.long), null_class=2)
+    with pytest.raises(ValueError, match=r"noise: expected the shape of data \[2, 1, 4, 4\]"):
+        flow.loss(lambda x, t, y: x, data, y, null_class=2, noise=torch.zeros(2, 1, 4, 5))
+    exact = flow.loss(lambda x, t, y: data - 3, data, y, null_class=2, noise=torch.full((2, 1, 4, 4), 3.0))
+    assert exact == 0
 
 
 def test_a_model_overfits_one_batch():

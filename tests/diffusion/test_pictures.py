@@ -43,22 +43,6 @@ def test_batches_are_joined(model, monkeypatch):
     assert steps == [(step, count) for count in (2, 2, 1) for step in (1, 2, 3)]
 
 
-def test_finer_noise_agrees_on_the_trained_pixels_and_keeps_unit_variance():
-    def noise(size, seed=0):
-        return pictures.noise(3000, size, 8, torch.Generator().manual_seed(seed))
-
-    coarse = noise(8)
-    for size in (16, 20, 32):
-        fine = noise(size)
-        assert (fine.var(0) - 1).abs().max() < 0.15  # every pixel, over 3000 drawings
-        assert (fine.mean(0)).abs().max() < 0.1
-        assert not torch.allclose(fine, noise(size, seed=1))
-    assert torch.equal(noise(32)[:, ::4, ::4], coarse)
-    assert torch.equal(noise(4), coarse[:, ::2, ::2])
-    # Neighbours go together.
-    assert (noise(32)[:, 0, 0] * noise(32)[:, 0, 1]).mean() > 0.8
-
-
 def test_sizes_that_patches_do_not_tile_are_refused(model):
     assert pictures.decoder_scale(model, 20, 8) == (2.5, 2.5)
     assert pictures.decoder_scale(model, 6, 8) == (0.75, 0.75)

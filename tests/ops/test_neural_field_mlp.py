@@ -29,6 +29,7 @@ SIZES = [
     Case(s=196, d1=7, d2=50, gated=True, norm=None),
     Case(n=1, s=33, d1=17, d2=65),
     Case(n=7, s=5, d1=3, d2=9, gated=True),
+    Case(n=1, s=40000, d1=8, d2=16),  # long sums in the gradients of weights and norm_weight
 ]
 OPTIONS = [
     Case(activation="gelu", norm=None),
@@ -76,6 +77,17 @@ def test_packed_parameters(backend, case, dtype):
     tensors, upstream = case.inputs(dtype), case.upstream(dtype)
     out = results(lambda **leaves: packed_field(case, **leaves), packed_inputs(tensors), upstream)
     assert_within(out, *map(packed_inputs, expected(case, dtype)))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("size", [1e3, 1e9, 1e18])
+def test_large_raw_weights(backend, activation, size):
+    """Where the activation saturates its slope is 0 or 1, whatever powers of z multiply it."""
+    case = Case(normalize=(), activation=activation)
+    tensors = case.inputs()
+    tensors["w1"] = tensors["w1"] * size
+    out = results(lambda **leaves: fused_field(case, **leaves), tensors, case.upstream())
+    assert_within(out, *plain_and_exact(case, tensors, case.upstream()))
 
 
 def test_a_gate_that_is_absent_may_be_named(backend):

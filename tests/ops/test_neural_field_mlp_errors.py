@@ -226,3 +226,21 @@ def test_errors_under_compile():
     with pytest.raises(Exception, match="w2: expected the shape"):
         torch.compile(call, backend="aot_eager")(w2=zeros(2, 4, 6))
     torch.compiler.reset()
+
+
+def test_the_op_itself_refuses_what_the_core_would_misread(compiled):
+    """Exported programs call it without the public function's checks."""
+    field = torch.ops.pixnerd.neural_field_mlp
+    options = ([True] * 3, "silu", True, 1e-6, 1e-12, "")
+    x, w1, w2 = zeros(2, 3, 4), zeros(2, 4, 8), zeros(2, 8, 4)
+    with pytest.raises(ValueError, match=r"w2: expected \[2, 8, 4\] torch.float32 on cpu, got \[2, 8, 3\]"):
+        field(x, w1, zeros(2, 8, 3), None, None, *options)
+    with pytest.raises(ValueError, match=r"w1: expected .* got .* torch.float16"):
+        field(x, w1.half(), w2, None, None, *options)
+    with pytest.raises(ValueError, match=r"norm_weight: expected \[4\], got \[5\]"):
+        field(x, w1, w2, None, zeros(5), *options)
+    with pytest.raises(ValueError, match=r"grad: expected \[2, 3, 4\]"):
+        torch.ops.pixnerd.neural_field_mlp_backward(
+            zeros(2, 3, 5), x, w1, w2, None, None, True, True, *options
+        )
+    assert torch.equal(field(x, w1, w2, None, None, *options), x)

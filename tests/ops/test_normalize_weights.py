@@ -19,6 +19,9 @@ SHAPES = [
     ((2, 3, 2, 5, 7), -4),
     ((2, 256, 1), -2),
     ((129, 65), 0),
+    ((70000, 1), 0),  # long sums, over rows and along one
+    ((70000, 3), 0),
+    ((3, 70000), 1),
 ]
 shapes = pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=lambda value: str(value).replace(" ", ""))
 
@@ -206,11 +209,12 @@ def test_autocast_leaves_it_alone(backend):
         assert torch.equal(normalize_weights(w), expected)
 
 
-def test_differentiating_twice_and_forward_mode_raise(any_isa):
+@pytest.mark.parametrize("loss", [torch.sum, lambda u: u.square().sum()], ids=["linear", "quadratic"])
+def test_differentiating_twice_and_forward_mode_raise(any_isa, loss):
     w = normal(3, 4, 5).requires_grad_()
-    gradient = torch.autograd.grad(normalize_weights(w).square().sum(), w, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    gradient = torch.autograd.grad(loss(normalize_weights(w)), w, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="can be differentiated once only"):
+        gradient.square().sum().backward()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(w.detach(), torch.ones_like(w))
         with pytest.raises((RuntimeError, NotImplementedError), match="forward"):

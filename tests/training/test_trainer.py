@@ -128,12 +128,13 @@ def test_enlarged_targets_keep_the_trained_pixels(digits):
     """The transformer sees the nearest pixels of the enlarged image: they are the image."""
     trainer = Trainer(SETTINGS, digits)
     images = digits.images[:4].float() / 127.5 - 1
-    for scale in (2.0, 3.0):
-        fine = trainer._resized(images, scale)
+    for scale in (2, 3):
+        assert trainer._size(scale) == 8 * scale
+        fine = trainer._resized(images, 8 * scale)
         assert fine.shape[-1] == 8 * scale
         coarse = torch.nn.functional.interpolate(fine, (8, 8))
         torch.testing.assert_close(coarse, images, rtol=0, atol=1e-5)
-    assert trainer._resized(images, 1.0) is images
+    assert trainer._resized(images, 8) is images
 
 
 def test_the_averaged_model_is_what_is_sampled(digits, uninterrupted):
