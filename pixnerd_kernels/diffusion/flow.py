@@ -38,6 +38,26 @@ def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return weight * data + (1 - weight) * noise
 
 
+def scale_noise(noise: Tensor, size: int) -> Tensor:
+    """Square noise [..., n, n] at another resolution, [..., size, size]; each pixel stays normal with variance 1.
+
+    Linear interpolation with weights of unit norm; pixel j lies at j n / size, so that the nearest copy that
+    the transformer sees of it is the noise that came in. Independent noise at the finer resolution would do
+    as well for
+    the formulas, but the transformer sees n x n pixels of it, and every other pixel would settle alone:
+    whatever is still open when it does comes out dithered. Pixels with common noise settle together.
+    """
+    n = noise.shape[-1]
+    place = torch.arange(size, device=noise.device) * (n / size)
+    left = place.long()
+    right = (left + 1).clamp(max=n - 1)
+    share = torch.where(right > left, place - left, 0.0)[:, None]
+    identity = torch.eye(n, device=noise.device)
+    weights = torch.nn.functional.normalize((1 - share) * identity[left] + share * identity[right], dim=1)
+    weights = weights.to(noise.dtype)
+    return weights @ noise @ weights.T
+
+
 def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
     """The path's velocity, the same at every t."""
     return data - noise
@@ -57,6 +77,7 @@ def loss(
     y: Tensor,
     *,
     null_class: int,
+    noise: Tensor | None = None,
     dropout: float = 0.1,
     shift: float = 1.0,
     generator: torch.Generator | None = None,
@@ -68,19 +89,24 @@ def loss(
         model: called as model(x_t, t, y, **model_arguments), returns the velocity in x_t's shape.
         data: [B, C, H, W] in [-1, 1]. y: [B] class ids.
         null_class, dropout: as in `drop_classes`. shift: as in `shift_time`.
+        noise: of data's shape; None draws it, independent in every pixel.
         generator: source of times, noise and dropped classes, on data's device; None is torch's global one.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
     """
     problems = Problems("flow.loss")
-    if problems.tensor("data", data, 4, "[B, C, H, W]") and y.shape != data.shape[:1]:
-        problems.add("y", f"the shape [{data.shape[0]}], one for each image", y)
+    if problems.tensor("data", data, 4, "[B, C, H, W]"):
+        if y.shape != data.shape[:1]:
+            problems.add("y", f"the shape [{data.shape[0]}], one for each image", y)
+        if noise is not None and noise.shape != data.shape:
+            problems.add("noise", f"the shape of data {list(data.shape)}", noise)
     problems.number("dropout", dropout)
     problems.number("shift", shift)
     problems.raise_if_any()
     t = sample_times(data.shape[0], shift=shift, generator=generator, device=data.device)
-    noise = torch.randn(data.shape, generator=generator, device=data.device, dtype=data.dtype)
+    if noise is None:
+        noise = torch.randn(data.shape, generator=generator, device=data.device, dtype=data.dtype)
     y = drop_classes(y, null_class, dropout, generator=generator)
     velocity = model(interpolate(data, noise, t), t, y, **model_arguments)
     target = velocity_target(data, noise)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.diffusion.flow import scale_noise
 from pixnerd_kernels.diffusion.solvers import sample
 from pixnerd_kernels.models import PixNerd
 from pixnerd_kernels.nn import scaled_patch
@@ -51,7 +52,8 @@ def draw(
     """One square image for each entry of `classes`: [n, C, size, size] in about [-1, 1], float32 on the CPU.
 
     Image i depends on the seed, i and its class alone (to rounding: not on how many are drawn). Every size
-    starts from the same noise, see `noise`, so that a size draws the same image as another, finer or coarser.
+    starts from the same noise, see `flow.scale_noise`, so that a size draws the same image as another, finer
+    or coarser.
 
     Args:
         classes: class ids.
@@ -71,10 +73,11 @@ def draw(
     parameter = next(model.parameters())
     channels = model.config.in_channels
     generator = torch.Generator().manual_seed(seed)
-    start_noise = [noise(channels, size, trained_size, generator) for _ in classes]
+    white = (torch.randn(channels, trained_size, trained_size, generator=generator) for _ in classes)
+    noise = [scale_noise(image, size) for image in white]
     drawn = [torch.empty(0, channels, size, size)]
     for start in range(0, len(classes), BATCH):
-        part = torch.stack(start_noise[start : start + BATCH]).to(parameter.device, parameter.dtype)
+        part = torch.stack(noise[start : start + BATCH]).to(parameter.device, parameter.dtype)
         condition = torch.tensor(classes[start : start + BATCH], device=parameter.device)
         drawn.append(
             sample(
@@ -87,26 +90,6 @@ def draw(
             ).float().cpu()
         )  # fmt: skip
     return torch.cat(drawn)
-
-
-def noise(channels: int, size: int, trained_size: int, generator: torch.Generator) -> Tensor:
-    """Noise at t = 0 for one image, [channels, size, size].
-
-    Drawn at the trained size and interpolated linearly, with weights of unit norm that keep every pixel's
-    variance at 1. The transformer sees the trained pixels and a neural field one pixel at a time, so neither
-    can tell this from noise that is independent in every pixel; but neighbours then decide alike, and finer
-    images come out smooth where independent noise would dither whatever the transformer has not settled.
-    """
-    drawn = torch.randn(channels, trained_size, trained_size, generator=generator)
-    place = torch.arange(size) * (trained_size / size)
-    left = place.long()
-    right = (left + 1).clamp(max=trained_size - 1)
-    share = torch.where(right > left, place - left, 0.0)
-    weights = torch.zeros(size, trained_size)
-    weights[torch.arange(size), right] = share
-    weights[torch.arange(size), left] = 1 - share
-    weights = torch.nn.functional.normalize(weights, dim=1)
-    return weights @ drawn @ weights.T
 
 
 def to_bytes(images: Tensor) -> Tensor:

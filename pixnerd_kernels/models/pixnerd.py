@@ -89,9 +89,8 @@ class PixNerd(nn.Module):
         rows, columns = x.shape[2] // height, x.shape[3] // width
         time = self.time_embed(t)[:, None]
         condition = F.silu(time + self.class_embed(y)[:, None])
-        rotary = rotary_table(
-            rows, columns, self.config.hidden_size // self.config.num_heads, device=x.device
-        )
+        head_size = self.config.hidden_size // self.config.num_heads
+        rotary = rotary_table(rows, columns, head_size, device=x.device)
         tokens = self.patch_embed(self._encoder_patches(x, rows, columns))
         for block in self.blocks:
             tokens = block(tokens, condition, rotary)

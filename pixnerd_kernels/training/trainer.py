@@ -69,12 +69,15 @@ class Trainer:
         settings, step = self.settings, self.steps_done
         images, labels = self._batch(step)
         scale = self._draw_scale()
+        noise = torch.randn(images.shape, generator=self.generator, device=self.device)
+        size = self._size(scale)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
             loss = flow.loss(
                 self.model,
-                self._resized(images, scale),
+                self._resized(images, size),
                 labels,
                 null_class=self.model.null_class,
+                noise=flow.scale_noise(noise, size),
                 dropout=settings.class_dropout,
                 shift=settings.timeshift,
                 generator=self.generator,
@@ -114,9 +117,12 @@ class Trainer:
         drawn = torch.randint(len(scales), (), generator=self.generator, device=self.device)
         return scales[int(drawn)]
 
-    def _resized(self, images: Tensor, scale: float) -> Tensor:
+    def _size(self, scale: float) -> int:
+        """Pixels of an edge at this decoder scale."""
         patch = self.settings.model.patch_size
-        size = self.settings.size // patch * scaled_patch(patch, (scale, scale))[0]
+        return self.settings.size // patch * scaled_patch(patch, (scale, scale))[0]
+
+    def _resized(self, images: Tensor, size: int) -> Tensor:
         if size == self.settings.size:
             return images
         # Pixel j of the finer image lies at j / scale, so that the transformer's nearest copy of it is the image
