@@ -9,7 +9,7 @@ namespace pixnerd::PIXNERD_ISA {
 
 template <class T>
 struct Silu {
-  PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return z * sigmoid<T>(z); }
+  PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return times_sigmoid<T>(z, z); }
   PIXNERD_INLINE static void both(Vec<T> z, Vec<T>& value, Vec<T>& slope) {
     Vec<T> s, complement;
     sigmoid<T>(z, s, complement);
@@ -22,7 +22,7 @@ struct Silu {
 template <class T>
 struct Gelu {
   static constexpr T kA = T(1.5957691216057308), kB = T(0.044715);
-  PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return z * sigmoid<T>(kA * (z + kB * z * z * z)); }
+  PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return times_sigmoid<T>(z, kA * (z + kB * z * z * z)); }
   PIXNERD_INLINE static void both(Vec<T> z, Vec<T>& value, Vec<T>& slope) {
     Vec<T> s, complement;
     sigmoid<T>(kA * (z + kB * z * z * z), s, complement);

@@ -126,11 +126,10 @@ PIXNERD_INLINE void sigmoid(Vec<T> x, Vec<T>& s, Vec<T>& complement) {
   complement = x < kLowest ? broadcast(T(1)) : complement;
   complement = x > -kLowest ? Vec<T>{} : complement;
 }
+// z * sigmoid(x) for x that grows with z: where exp saturates, z times 2e-38 is as good as zero.
 template <class T>
-PIXNERD_INLINE Vec<T> sigmoid(Vec<T> x) {
-  Vec<T> s, complement;
-  sigmoid<T>(x, s, complement);
-  return s;
+PIXNERD_INLINE Vec<T> times_sigmoid(Vec<T> z, Vec<T> x) {
+  return z * reciprocal(T(1) + exp(-x));
 }
 
 template <class T>
