@@ -8,9 +8,10 @@ else takes ``reference``. `use_backend` or the environment variable ``PIXNERD_BA
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.machinery
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,13 +78,31 @@ def forced_backend() -> str:
     return _checked(_forced, "PIXNERD_BACKEND") if _forced else ""
 
 
+def _import_core() -> ModuleType:
+    """The compiled module beside this file, and no other.
+
+    An ordinary import would also ask the finder of an editable installation, and bring this copy of the package the
+    core of another.
+    """
+    name = "pixnerd_kernels._native"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(Path(__file__).parent)])
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
 @functools.cache
 def _load_native() -> tuple[ModuleType | None, str]:
     """The compiled core and an empty string, or None and the reason why it is not there."""
     if _flag("PIXNERD_SKIP_NATIVE"):
         return None, "PIXNERD_SKIP_NATIVE is set"
     try:
-        return importlib.import_module("pixnerd_kernels._native"), ""
+        return _import_core(), ""
     except Exception as error:
         note = Path(__file__).with_name("_native_missing.txt")
         if isinstance(error, ModuleNotFoundError) and note.exists():
