@@ -1,0 +1,24 @@
+"""Modules: parameters, and a call of an op.
+
+Letters in shapes: B images, L tokens or patches of an image, N = B * L patches, D hidden size, D1 channels of
+a pixel in a neural field, P patch size in pixels.
+"""
+
+from pixnerd_kernels.nn.decoder import NeuralFieldBlock, PixelDecoder, patchify, scaled_patch, unpatchify
+from pixnerd_kernels.nn.layers import RMSNorm, SwiGLU, TimestepEmbedding
+from pixnerd_kernels.nn.transformer import Attention, DiTBlock, rotary_table, rotate
+
+__all__ = [
+    "Attention",
+    "DiTBlock",
+    "NeuralFieldBlock",
+    "PixelDecoder",
+    "RMSNorm",
+    "SwiGLU",
+    "TimestepEmbedding",
+    "patchify",
+    "rotary_table",
+    "rotate",
+    "scaled_patch",
+    "unpatchify",
+]

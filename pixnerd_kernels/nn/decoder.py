@@ -1,0 +1,108 @@
+"""The pixel head: a neural field for every patch, whose weights its hidden state generates."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixnerd_kernels.nn.layers import RMSNorm
+from pixnerd_kernels.ops import coordinate_encoding, neural_field_mlp_packed
+
+
+class NeuralFieldBlock(nn.Module):
+    """Generates a small MLP per patch from its hidden state, and runs it on every pixel of that patch."""
+
+    def __init__(self, hidden_size: int, channels: int, ratio: int) -> None:
+        super().__init__()
+        self.inner = channels * ratio
+        self.generator = nn.Linear(hidden_size, 2 * channels * self.inner)
+        self.norm = RMSNorm(channels)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """x [N, pixels, D1], hidden [N, D] -> [N, pixels, D1]."""
+        params = self.generator(hidden)
+        return neural_field_mlp_packed(
+            x.to(params.dtype),
+            params,
+            hidden=self.inner,
+            norm_weight=self.norm.weight,
+            norm_eps=self.norm.eps,
+        )
+
+
+def patchify(image: Tensor, height: int, width: int) -> Tensor:
+    """[B, C, H, W] -> [B, L, height * width, C], patches and pixels row by row."""
+    batch, channels, rows, columns = image.shape
+    grid = image.view(batch, channels, rows // height, height, columns // width, width)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, height * width, channels)
+
+
+def unpatchify(patches: Tensor, height: int, width: int, rows: int, columns: int) -> Tensor:
+    """The inverse of `patchify`: [B, L, height * width, C] -> [B, C, rows * height, columns * width]."""
+    batch, _, _, channels = patches.shape
+    grid = patches.view(batch, rows, columns, height, width, channels)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * height, columns * width)
+
+
+def scaled_patch(patch_size: int, decoder_scale: tuple[float, float]) -> tuple[int, int]:
+    """Pixels of a decoded patch (height, width): int(P * sh) x int(P * sw), exact for a scale of n / P."""
+    height, width = (int(patch_size * scale + 1e-6) for scale in decoder_scale)
+    return height, width
+
+
+class PixelDecoder(nn.Module):
+    """The pixel head: noisy image and hidden states to velocity image, one neural field per patch.
+
+        embed(p) = pixel Wpᵀ + (encoding Weᵀ + b)      the bracket is one table [pixels, D1] for all patches
+        velocity(p) = linear(norm(block_n(... block_1(embed(p)))))
+
+    Args:
+        in_channels: C. hidden_size: D. channels: D1. ratio: D2 / D1. num_blocks: neural-field blocks.
+        patch_size: P, pixels. max_freqs, encoding: `coordinate_encoding`'s max_freqs and kind.
+
+    Source: PixNerd (arXiv 2507.23268), section 3, whose linear layer on pixel and encoding concatenated is
+    split into the two terms above.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_size: int,
+        channels: int,
+        ratio: int,
+        num_blocks: int,
+        patch_size: int,
+        max_freqs: int = 8,
+        encoding: str = "dct",
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.patch_size = patch_size
+        self.max_freqs = max_freqs
+        self.encoding = encoding
+        self.embed = nn.Linear(in_channels + max_freqs**2, channels)
+        self.blocks = nn.ModuleList(NeuralFieldBlock(hidden_size, channels, ratio) for _ in range(num_blocks))
+        self.norm = RMSNorm(channels)
+        self.linear = nn.Linear(channels, in_channels)
+
+    def forward(
+        self, image: Tensor, hidden: Tensor, decoder_scale: tuple[float, float] = (1.0, 1.0)
+    ) -> Tensor:
+        """image [B, C, H, W], hidden [B, L, D] (activated) -> velocity [B, C, H, W]."""
+        height, width = scaled_patch(self.patch_size, decoder_scale)
+        rows, columns = image.shape[2] // height, image.shape[3] // width
+        x = self._embed(patchify(image, height, width).flatten(0, 1), height, width)
+        states = hidden.flatten(0, 1)
+        for block in self.blocks:
+            x = block(x, states)
+        velocity = self.linear(self.norm(x)).unflatten(0, (-1, rows * columns))
+        return unpatchify(velocity, height, width, rows, columns)
+
+    def _embed(self, pixels: Tensor, height: int, width: int) -> Tensor:
+        """[N, pixels, C] -> [N, pixels, D1]."""
+        weight = self.embed.weight
+        encoding = coordinate_encoding(
+            height, width, self.max_freqs, self.encoding, device=weight.device, dtype=weight.dtype
+        )
+        table = F.linear(encoding, weight[:, self.in_channels :], self.embed.bias)
+        return F.linear(pixels, weight[:, : self.in_channels]) + table

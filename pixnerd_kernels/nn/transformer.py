@@ -1,0 +1,69 @@
+"""The transformer over patches: rotary attention and DiT blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pixnerd_kernels.nn.layers import RMSNorm, SwiGLU
+from pixnerd_kernels.ops import attention
+
+
+def rotary_table(
+    height: int, width: int, head_size: int, extent: float = 16.0, device: torch.device | None = None
+) -> Tensor:
+    """(cos, sin) of every token's rotation angles: float32 [height * width, head_size / 2, 2].
+
+    Token y * width + x turns its channel pairs 0, 1, 2 ... by x w_0, y w_0, x w_1 ..., with positions
+    linspace(0, extent, n) along each axis and w_m = 10000^(-4 m / head_size).
+    """
+    like = {"dtype": torch.float64, "device": device}
+    speeds = 10000.0 ** (-torch.arange(0, head_size, 4, **like) / head_size)  # type: ignore[arg-type]
+    x = torch.outer(torch.linspace(0, extent, width, **like), speeds)  # type: ignore[arg-type]
+    y = torch.outer(torch.linspace(0, extent, height, **like), speeds)  # type: ignore[arg-type]
+    grid = (height, width, speeds.shape[0])
+    angles = torch.stack([x[None].expand(grid), y[:, None].expand(grid)], dim=-1).flatten(0, 1).flatten(1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn neighbouring channel pairs of x [B, L, heads, d] by `rotary_table`'s angles [L, d/2, 2]."""
+    cos, sin = table[:, None].to(x.dtype).unbind(-1)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Self-attention with normalised, rotated queries and keys."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.q_norm = RMSNorm(hidden_size // num_heads)
+        self.k_norm = RMSNorm(hidden_size // num_heads)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, L, heads, d]
+        q = rotate(self.q_norm(q), rotary)
+        k = rotate(self.k_norm(k), rotary)
+        out: Tensor = self.proj(attention(q, k, v).flatten(2))
+        return out
+
+
+class DiTBlock(nn.Module):
+    """Attention and SwiGLU on tokens x [B, L, D], shifted, scaled and gated by the condition [B, 1, D]."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = RMSNorm(hidden_size)
+        self.mlp = SwiGLU(hidden_size)
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(self, x: Tensor, condition: Tensor, rotary: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rotary)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
