@@ -54,15 +54,18 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[PixNerd, int, list[str]]:
     """The model, the size that it was trained at, and the names of its classes."""
-    from pixnerd_kernels.models import load_official
+    from pixnerd_kernels.models import PixNerd, load_official
     from pixnerd_kernels.training import checkpoint, load_sampler
 
     path = args.checkpoint
     if path.suffix == ".safetensors" and (not path.is_file() or checkpoint.is_checkpoint(path)):
         model, settings, names = load_sampler(path, args.device)
         return model, settings.size, names
-    model = load_official(path).to(args.device).requires_grad_(False)
-    return model, args.trained_size or 256, [str(label) for label in range(model.null_class)]
+    official = load_official(path)
+    if not isinstance(official, PixNerd):
+        raise UsageError(f"{path}: a text-to-image checkpoint; this command draws classes only")
+    official = official.to(args.device).requires_grad_(False)
+    return official, args.trained_size or 256, [str(label) for label in range(official.null_class)]
 
 
 def _classes(args: argparse.Namespace, names: list[str]) -> list[int]:

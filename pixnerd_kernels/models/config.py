@@ -1,4 +1,4 @@
-"""What a class-to-image PixNerd is made of, and the named configurations."""
+"""What a PixNerd is made of, and the named configurations."""
 
 from __future__ import annotations
 
@@ -48,10 +48,62 @@ class PixNerdConfig:
         sizes = {name: value for name, value in vars(self).items() if name != "encoding"}
         counted = [problems.count(name, value, minimum=name != "num_blocks") for name, value in sizes.items()]
         problems.choice("encoding", self.encoding, KINDS)
-        if all(counted) and self.hidden_size % (4 * self.num_heads):
-            expected = f"a multiple of 4 * num_heads = {4 * self.num_heads} (2-D rotary pairs)"
-            problems.add("hidden_size", expected, self.hidden_size)
+        if all(counted):
+            _check_heads(problems, self.hidden_size, self.num_heads)
         problems.raise_if_any()
+
+
+@dataclass(frozen=True)
+class PixNerdT2IConfig:
+    """Sizes of a text-to-image PixNerd.
+
+    Attributes:
+        hidden_size, num_heads, num_blocks, num_field_blocks, field_channels, field_ratio, patch_size,
+            in_channels: as in `PixNerdConfig`.
+        num_text_blocks: blocks that refine the text alone.
+        text_tokens, text_width: of the text features, [B, text_tokens, text_width].
+        max_freqs: K, even; the coordinate encoding has K^2 columns.
+        extent: the positions that a decoded patch spans along each axis, at any size. The official heavy
+            decoder's is 16, the other official model's its patch_size: equal at 16 x 16 pixels only. Keep it
+            below pi * patch_size: the highest frequency is 1, and reaches the Nyquist limit there.
+
+    Raises:
+        TypeError, ValueError: every problem at once.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_blocks: int
+    num_field_blocks: int
+    num_text_blocks: int = 4
+    text_tokens: int = 128
+    text_width: int = 2048
+    field_channels: int = 64
+    field_ratio: int = 2
+    patch_size: int = 16
+    in_channels: int = 3
+    max_freqs: int = 8
+    extent: float = 16.0
+
+    def __post_init__(self) -> None:
+        problems = Problems("PixNerdT2IConfig")
+        sizes = {name: value for name, value in vars(self).items() if name != "extent"}
+        empty = ("num_blocks", "num_text_blocks")
+        counted = {
+            name: problems.count(name, value, minimum=name not in empty) for name, value in sizes.items()
+        }
+        problems.number("extent", self.extent)
+        if all(counted.values()):
+            _check_heads(problems, self.hidden_size, self.num_heads)
+        if counted["max_freqs"] and self.max_freqs % 2:
+            problems.add("max_freqs", "an even number", self.max_freqs)
+        problems.raise_if_any()
+
+
+def _check_heads(problems: Problems, hidden_size: int, num_heads: int) -> None:
+    if hidden_size % (4 * num_heads):
+        expected = f"a multiple of 4 * num_heads = {4 * num_heads} (2-D rotary pairs)"
+        problems.add("hidden_size", expected, hidden_size)
 
 
 #: L/16 and XL/16 are the official models; the others are small enough to train on a CPU in minutes.
@@ -66,3 +118,15 @@ CONFIGS = {
         96, 3, 4, 2, field_channels=16, patch_size=4, in_channels=1, num_classes=10, max_freqs=3
     ),
 }
+
+#: XXL/16 is the official model; the others are small enough to train on a CPU.
+T2I_CONFIGS = {
+    "XXL/16": PixNerdT2IConfig(1536, 24, 16, 2),
+    "small/8": PixNerdT2IConfig(
+        256, 8, 6, 2, num_text_blocks=2, text_tokens=32, text_width=512, field_channels=32, patch_size=8
+    ),
+    "tiny/4": PixNerdT2IConfig(
+        96, 3, 3, 2, num_text_blocks=1, text_tokens=8, text_width=64, field_channels=16, patch_size=4,
+        max_freqs=4, extent=8.0,
+    ),
+}  # fmt: skip

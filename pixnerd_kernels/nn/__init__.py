@@ -6,12 +6,15 @@ a pixel in a neural field, P patch size in pixels.
 
 from pixnerd_kernels.nn.decoder import NeuralFieldBlock, PixelDecoder, patchify, scaled_patch, unpatchify
 from pixnerd_kernels.nn.layers import RMSNorm, SwiGLU, TimestepEmbedding
+from pixnerd_kernels.nn.text import JointAttention, PackedSwiGLU
 from pixnerd_kernels.nn.transformer import Attention, DiTBlock, rotary_table, rotate
 
 __all__ = [
     "Attention",
     "DiTBlock",
+    "JointAttention",
     "NeuralFieldBlock",
+    "PackedSwiGLU",
     "PixelDecoder",
     "RMSNorm",
     "SwiGLU",

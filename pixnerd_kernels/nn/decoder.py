@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,8 +14,11 @@ from pixnerd_kernels.ops import coordinate_encoding, neural_field_mlp_packed
 class NeuralFieldBlock(nn.Module):
     """Generates a small MLP per patch from its hidden state, and runs it on every pixel of that patch."""
 
-    def __init__(self, hidden_size: int, channels: int, ratio: int) -> None:
+    def __init__(
+        self, hidden_size: int, channels: int, ratio: int, normalize: Sequence[str] = ("w1", "w2")
+    ) -> None:
         super().__init__()
+        self.normalize = tuple(normalize)
         self.inner = channels * ratio
         self.generator = nn.Linear(hidden_size, 2 * channels * self.inner)
         self.norm = RMSNorm(channels)
@@ -26,6 +31,7 @@ class NeuralFieldBlock(nn.Module):
             params,
             hidden=self.inner,
             norm_weight=self.norm.weight,
+            normalize=self.normalize,
             norm_eps=self.norm.eps,
         )
 
@@ -59,6 +65,9 @@ class PixelDecoder(nn.Module):
     Args:
         in_channels: C. hidden_size: D. channels: D1. ratio: D2 / D1. num_blocks: neural-field blocks.
         patch_size: P, pixels. max_freqs, encoding: `coordinate_encoding`'s max_freqs and kind.
+        extent: for the encoding "rope", the positions that a patch of any size spans along each axis; None is
+            the number of its pixels.
+        normalize: as in `neural_field_mlp`. final_norm: whether there is the norm after the blocks.
 
     Source: PixNerd (arXiv 2507.23268), section 3, whose linear layer on pixel and encoding concatenated is
     split into the two terms above.
@@ -74,15 +83,21 @@ class PixelDecoder(nn.Module):
         patch_size: int,
         max_freqs: int = 8,
         encoding: str = "dct",
+        extent: float | None = None,
+        normalize: Sequence[str] = ("w1", "w2"),
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.max_freqs = max_freqs
         self.encoding = encoding
+        self.extent = extent
         self.embed = nn.Linear(in_channels + max_freqs**2, channels)
-        self.blocks = nn.ModuleList(NeuralFieldBlock(hidden_size, channels, ratio) for _ in range(num_blocks))
-        self.norm = RMSNorm(channels)
+        self.blocks = nn.ModuleList(
+            NeuralFieldBlock(hidden_size, channels, ratio, normalize) for _ in range(num_blocks)
+        )
+        self.norm = RMSNorm(channels) if final_norm else nn.Identity()
         self.linear = nn.Linear(channels, in_channels)
 
     def forward(
@@ -102,7 +117,13 @@ class PixelDecoder(nn.Module):
         """[N, pixels, C] -> [N, pixels, D1]."""
         weight = self.embed.weight
         encoding = coordinate_encoding(
-            height, width, self.max_freqs, self.encoding, device=weight.device, dtype=weight.dtype
+            height,
+            width,
+            self.max_freqs,
+            self.encoding,
+            scale=None if self.extent is None else (self.extent / width, self.extent / height),
+            device=weight.device,
+            dtype=weight.dtype,
         )
         table = F.linear(encoding, weight[:, self.in_channels :], self.embed.bias)
         return F.linear(pixels, weight[:, : self.in_channels]) + table

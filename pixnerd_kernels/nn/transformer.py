@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,17 +12,23 @@ from pixnerd_kernels.ops import attention
 
 
 def rotary_table(
-    height: int, width: int, head_size: int, extent: float = 16.0, device: torch.device | None = None
+    height: int,
+    width: int,
+    head_size: int,
+    extent: tuple[float, float] = (16.0, 16.0),
+    device: torch.device | None = None,
 ) -> Tensor:
     """(cos, sin) of every token's rotation angles: float32 [height * width, head_size / 2, 2].
 
-    Token y * width + x turns its channel pairs 0, 1, 2 ... by x w_0, y w_0, x w_1 ..., with positions
-    linspace(0, extent, n) along each axis and w_m = 10000^(-4 m / head_size).
+    Token y * width + x turns its channel pairs 0, 1, 2 ... by x w_0, y w_0, x w_1 ..., with positions x in
+    linspace(0, extent[0], width) and y in linspace(0, extent[1], height), and w_m = 10000^(-4 m / head_size).
+    The official class-to-image model's extent is (16, 16); the text-to-image model's is (height, width),
+    with height along x.
     """
     like = {"dtype": torch.float64, "device": device}
     speeds = 10000.0 ** (-torch.arange(0, head_size, 4, **like) / head_size)  # type: ignore[arg-type]
-    x = torch.outer(torch.linspace(0, extent, width, **like), speeds)  # type: ignore[arg-type]
-    y = torch.outer(torch.linspace(0, extent, height, **like), speeds)  # type: ignore[arg-type]
+    x = torch.outer(torch.linspace(0, extent[0], width, **like), speeds)  # type: ignore[arg-type]
+    y = torch.outer(torch.linspace(0, extent[1], height, **like), speeds)  # type: ignore[arg-type]
     grid = (height, width, speeds.shape[0])
     angles = torch.stack([x[None].expand(grid), y[:, None].expand(grid)], dim=-1).flatten(0, 1).flatten(1)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
@@ -34,7 +42,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention with normalised, rotated queries and keys."""
+    """Self-attention with normalised queries and keys, rotated where there is a rotary table."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -44,26 +52,39 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(hidden_size // num_heads)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, L, heads, d]
-        q = rotate(self.q_norm(q), rotary)
-        k = rotate(self.k_norm(k), rotary)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         out: Tensor = self.proj(attention(q, k, v).flatten(2))
         return out
 
 
 class DiTBlock(nn.Module):
-    """Attention and SwiGLU on tokens x [B, L, D], shifted, scaled and gated by the condition [B, 1, D]."""
+    """Attention and SwiGLU on tokens x [B, L, D], shifted, scaled and gated by the condition [B, 1, D].
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    Args:
+        hidden_size: D. num_heads: attention heads.
+        attention, mlp: make the two parts from (hidden_size, num_heads) and from hidden_size. What `forward`
+            gets after the condition goes to the attention.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        attention: Callable[[int, int], nn.Module] = Attention,
+        mlp: Callable[[int], nn.Module] = SwiGLU,
+    ) -> None:
         super().__init__()
         self.norm1 = RMSNorm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = attention(hidden_size, num_heads)
         self.norm2 = RMSNorm(hidden_size)
-        self.mlp = SwiGLU(hidden_size)
+        self.mlp = mlp(hidden_size)
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
 
-    def forward(self, x: Tensor, condition: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, *context: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rotary)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, *context)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)

@@ -1,22 +1,28 @@
 """Official checkpoints: from every container, back bit for bit, and refused by name when they do not fit."""
 
-import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from golden import load
+from safetensors.torch import save_file
 
 from pixnerd_kernels import models
 
-DATA = Path(__file__).parents[1] / "data"
+
+def recorded(name):
+    return {key[len("param.") :]: value for key, value in load(name)[1].items() if key.startswith("param.")}
 
 
 @pytest.fixture(scope="module")
 def state():
-    tensors = load_file(DATA / "c2i_tiny.safetensors")
-    return {key[len("param.") :]: value for key, value in tensors.items() if key.startswith("param.")}
+    return recorded("c2i_tiny")
+
+
+@pytest.fixture(scope="module")
+def text_state():
+    return recorded("t2i_tiny")
 
 
 def assert_same(model, state):
@@ -71,15 +77,14 @@ def test_configuration_comes_from_the_shapes(state):
 
 
 def test_configuration_is_checked_where_given(state):
-    from safetensors import safe_open
-
-    with safe_open(DATA / "c2i_tiny.safetensors", "pt") as file:
-        official = json.loads(file.metadata()["config"])
+    official = load("c2i_tiny")[0]
     models.load_official(state, {**official, "learn_sigma": True, "weight_path": None})
     with pytest.raises(ValueError, match="num_groups is 8, the tensors have 4; patch_size is 16"):
         models.load_official(state, {**official, "num_groups": 8, "patch_size": 16})
     with pytest.raises(ValueError, match="unknown arguments depth"):
         models.load_official(state, {"depth": 12})
+    with pytest.raises(TypeError, match="config: expected a dictionary"):
+        models.load_official(state, models.PixNerdConfig(32, 4, 2, 2))
 
 
 def test_missing_unexpected_and_misshapen_keys_are_named(state):
@@ -93,16 +98,78 @@ def test_missing_unexpected_and_misshapen_keys_are_named(state):
     )
     with pytest.raises(ValueError, match=expected):
         models.load_official(changed)
-    with pytest.raises(ValueError, match=r"'s_embedder\.proj\.weight' is missing"):
-        models.load_official({"model.weight": torch.ones(2, 2)})
-    with pytest.raises(ValueError, match="expected 2 dimensions for 's_embedder"):
+    with pytest.raises(ValueError, match="expected 2 dimensions"):
         models.load_official({**state, "s_embedder.proj.weight": torch.ones(2)})
-    with pytest.raises(ValueError, match="a text-to-image checkpoint"):
+    kept = {key: value for key, value in state.items() if "proj" not in key and "final" not in key}
+    with pytest.raises(ValueError, match=r"missing s_embedder\.proj\.weight, final_layer\.linear\.weight;"):
+        models.load_official({**kept, "x_embedder.embedder.0.weight": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"unexpected text_refine_blocks\.0\.norm1\.weight$"):
         models.load_official({**state, "text_refine_blocks.0.norm1.weight": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"missing y_embedder\.embedding_table\.weight$"):
+        models.load_official({key: value for key, value in state.items() if "table" not in key})
+    with pytest.raises(ValueError, match=r"final_layer\.linear\.bias has the dtype torch.int64"):
+        models.load_official({**state, "final_layer.linear.bias": torch.ones(3, dtype=torch.int64)})
+
+
+def test_what_is_no_official_checkpoint_is_said_to_be_none(state):
+    with pytest.raises(
+        ValueError, match=r"not an official PixNerd checkpoint: .* the keys are model\.weight"
+    ):
+        models.load_official({"model.weight": torch.ones(2, 2)})
+    with pytest.raises(ValueError, match="the keys are none"):
+        models.load_official({})
+    with pytest.raises(ValueError, match="expected tensors by name, got the keys 0"):
+        models.load_official({0: torch.ones(2)})
     with pytest.raises(ValueError, match="tensors only, got something else for epoch"):
         models.load_official({**state, "epoch": 3})
     with pytest.raises(ValueError, match="variant: expected one of"):
         models.load_official(state, variant="xl")
+    with pytest.raises(TypeError, match="path_or_state_dict: expected a path or a state dict, got a int"):
+        models.load_official(3)
+
+
+@pytest.mark.parametrize(("variant", "extent"), [("t2i", 8.0), ("t2i_heavydecoder", 16.0)])
+def test_text_to_image_checkpoints_come_back(text_state, tmp_path, variant, extent):
+    content = {f"ema_denoiser.{key}": value for key, value in text_state.items()}
+    torch.save({"state_dict": content}, tmp_path / "text.ckpt")
+    model = models.load_official(tmp_path / "text.ckpt", load("t2i_tiny")[0], variant)
+    assert isinstance(model, models.PixNerdT2I)
+    assert model.config == models.PixNerdT2IConfig(32, 4, 2, 2, 1, 7, 24, 16, 2, 8, 3, 8, extent)
+    assert_same(model, text_state)
+
+
+def test_a_variant_is_needed_where_it_makes_a_difference(state, text_state):
+    with pytest.raises(
+        ValueError, match=r"variant: expected 't2i' or 't2i_heavydecoder' .* patches of 8 pixels"
+    ):
+        models.load_official(text_state)
+    at_16 = {**text_state, "s_embedder.proj.weight": torch.randn(32, 3 * 16 * 16)}
+    configs = {
+        models.load_official(at_16, variant=name).config for name in ("auto", "t2i", "t2i_heavydecoder")
+    }
+    assert len(configs) == 1
+    for tensors, variant, found in ((state, "t2i", "class-to-image"), (text_state, "c2i", "text-to-image")):
+        with pytest.raises(
+            ValueError, match=f"variant '{variant}' is .* the keys are those of a {found} model"
+        ):
+            models.load_official(tensors, variant=variant)
+
+
+def test_text_to_image_keys_and_arguments_are_checked(text_state):
+    changed = {key: value for key, value in text_state.items() if key != "blocks.1.attn.kv_y.weight"}
+    changed["blocks.1.attn.qkv.weight"] = torch.ones(2)
+    with pytest.raises(
+        ValueError, match=r"missing blocks\.1\.attn\.kv_y\.weight; unexpected blocks\.1\.attn\.qkv\."
+    ):
+        models.load_official(changed, variant="t2i")
+    del changed["y_pos_embedding"]
+    with pytest.raises(ValueError, match=r"not a whole text-to-image checkpoint: missing y_pos_embedding"):
+        models.load_official(changed, variant="t2i")
+    config = load("t2i_tiny")[0]
+    with pytest.raises(
+        ValueError, match="num_text_blocks is 4, the tensors have 1; txt_max_length is 128, the"
+    ):
+        models.load_official(text_state, {**config, "num_text_blocks": 4, "txt_max_length": 128}, "t2i")
 
 
 class _Hostile:

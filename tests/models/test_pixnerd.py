@@ -1,24 +1,14 @@
-"""The slim PixNerd against the official one, its sizes, its resolutions and its complaints."""
-
-import json
-from pathlib import Path
+"""The slim PixNerds against the official ones, their sizes, their resolutions and their complaints."""
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden import load
 
 from pixnerd_kernels import models
 from pixnerd_kernels.models.official import official_name
 from pixnerd_kernels.nn import patchify, rotary_table, unpatchify
 
-DATA = Path(__file__).parents[1] / "data"
 TINY = models.PixNerdConfig(32, 2, 2, 2, 8, 2, patch_size=4, in_channels=1, num_classes=3, max_freqs=3)
-
-
-def golden(name):
-    with safe_open(DATA / f"{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["config"])
 
 
 def distance(a, b):
@@ -33,13 +23,21 @@ def randomised(config=TINY, dtype=torch.float32):
     return model
 
 
-@pytest.mark.parametrize("name", ["c2i_tiny", "c2i_d64_p16"])
-def test_agrees_with_the_official_model(name):
-    tensors, config = golden(name)
+@pytest.mark.parametrize(
+    ("name", "variant", "scale"),
+    [
+        ("c2i_tiny", "auto", (1.0, 1.0)),
+        ("c2i_d64_p16", "auto", (1.0, 1.0)),
+        ("t2i_tiny", "t2i", (1.0, 1.0)),
+        ("t2i_heavydecoder_scaled", "t2i_heavydecoder", (2.0, 1.5)),
+    ],
+)
+def test_agrees_with_the_official_model(any_isa, name, variant, scale):
+    config, tensors = load(name)
     state = {key[len("param.") :]: value for key, value in tensors.items() if key.startswith("param.")}
-    model = models.load_official(state, config)
-    x = tensors["input.x"].requires_grad_()
-    output = model(x, tensors["input.t"], tensors["input.y"])
+    model = models.load_official(state, config, variant)
+    x = tensors["input.x"].clone().requires_grad_()
+    output = model(x, tensors["input.t"], tensors["input.y"], scale)
     assert distance(output, tensors["output"]) < 1e-4
     output.backward(tensors["grad_output"])
     assert distance(x.grad, tensors["grad.x"]) < 1e-3
@@ -49,23 +47,26 @@ def test_agrees_with_the_official_model(name):
         assert distance(parameter.grad, tensors[f"grad.param.{names[name]}"]) < 1e-3, name
 
 
+@pytest.mark.parametrize("family", ["c2i", "t2i"])
 @pytest.mark.parametrize("case", ["dim24.h4.w6", "dim64.h8.w12", "dim72.h16.w16"])
-def test_rotary_table_agrees_with_the_official_one(case):
+def test_rotary_table_agrees_with_the_official_one(family, case):
     size, height, width = (int("".join(filter(str.isdigit, part))) for part in case.split("."))
-    angles = rotary_table(height, width, size)
-    x = torch.linspace(0, 16, width, dtype=torch.float64).repeat(height)
-    y = torch.linspace(0, 16, height, dtype=torch.float64).repeat_interleave(width)
-    for pair in range(size // 4):
-        speed = 10000 ** (-4 * pair / size)
-        for column, position in ((2 * pair, x), (2 * pair + 1, y)):
-            expected = torch.stack([(position * speed).cos(), (position * speed).sin()], -1).float()
-            torch.testing.assert_close(angles[:, column], expected, rtol=0, atol=2e-6)
+    extent = (16, 16) if family == "c2i" else (height, width)
+    expected = load("encodings")[1][f"rope_{family}.{case}"]
+    assert (rotary_table(height, width, size, extent) - expected).abs().max() <= 2e-6
 
 
-@pytest.mark.parametrize(("name", "millions"), [("L/16", 452.1), ("XL/16", 700.6)])
-def test_parameter_counts(name, millions):
+@pytest.mark.parametrize(
+    ("model", "name", "millions"),
+    [
+        (models.PixNerd, "L/16", 452.1),
+        (models.PixNerd, "XL/16", 700.6),
+        (models.PixNerdT2I, "XXL/16", 1171.5),
+    ],
+)
+def test_parameter_counts(model, name, millions):
     with torch.device("meta"):
-        model = models.PixNerd(models.CONFIGS[name])
+        model = model((models.CONFIGS | models.T2I_CONFIGS)[name])
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 
