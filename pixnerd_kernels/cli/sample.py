@@ -12,7 +12,7 @@ from pixnerd_kernels.cli.arguments import Subparsers, UsageError, integer, optio
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pixnerd_kernels.models import PixNerd
+    from pixnerd_kernels.models import PixNerd, PixNerdT2I
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -31,20 +31,31 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="CLASS",
         help="numbers or names of classes, taken in turn (all of them)",
     )
-    parser.add_argument("--n", type=integer(1), default=16, help="images (16)")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="FILE",
+        help="for a text-to-image checkpoint: a .safetensors or .pt file with `features` [n, tokens, width] of a "
+        "text encoder, and `null_features` [tokens, width], those of an empty text, for guidance",
+    )
+    parser.add_argument(
+        "--variant",
+        choices=("auto", "c2i", "t2i", "t2i_heavydecoder"),
+        default="auto",
+        help="of an official checkpoint, where its keys do not tell (auto)",
+    )
+    parser.add_argument("--n", type=integer(1), help="images (16; one for each text)")
     parser.add_argument("--size", type=integer(1), help="pixels of an edge (as trained)")
-    parser.add_argument("--trained-size", type=integer(1), help="of an official checkpoint (256)")
+    parser.add_argument("--trained-size", type=integer(1), help="of an official checkpoint (256; text 512)")
     parser.add_argument("--solver", choices=("euler", "heun", "adams"), default="adams", help="(adams)")
     parser.add_argument("--steps", type=integer(1), default=25, help="solver steps (25)")
     parser.add_argument("--order", type=integer(1), default=2, help="of adams, 1 to 4 (2)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="1 is none (2)")
+    parser.add_argument("--guidance", type=float, help="1 is none (2; text 4)")
     parser.add_argument(
         "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
         help="times between which guidance holds (0 1)",
     )  # fmt: skip
-    parser.add_argument(
-        "--timeshift", type=positive_number, default=1.0, help="above 1: more noisy steps (1)"
-    )
+    parser.add_argument("--timeshift", type=positive_number, help="above 1: more noisy steps (1; text 3)")
     parser.add_argument("--seed", type=integer(0), default=0, help="of the noise (0)")
     parser.add_argument("--columns", type=integer(1), help="of the grid (nearly square)")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), help="the grid, a PNG (./grid.png)")
@@ -52,7 +63,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--device", default="cpu", help="where to draw (cpu)")
 
 
-def _load(args: argparse.Namespace) -> tuple[PixNerd, int, list[str]]:
+def _load(args: argparse.Namespace) -> tuple[PixNerd | PixNerdT2I, int, list[str]]:
     """The model, the size that it was trained at, and the names of its classes."""
     from pixnerd_kernels.models import PixNerd, load_official
     from pixnerd_kernels.training import checkpoint, load_sampler
@@ -61,15 +72,16 @@ def _load(args: argparse.Namespace) -> tuple[PixNerd, int, list[str]]:
     if path.suffix == ".safetensors" and (not path.is_file() or checkpoint.is_checkpoint(path)):
         model, settings, names = load_sampler(path, args.device)
         return model, settings.size, names
-    official = load_official(path)
-    if not isinstance(official, PixNerd):
-        raise UsageError(f"{path}: a text-to-image checkpoint; this command draws classes only")
-    official = official.to(args.device).requires_grad_(False)
-    return official, args.trained_size or 256, [str(label) for label in range(official.null_class)]
+    official = load_official(path, variant=args.variant).to(args.device).requires_grad_(False)
+    if isinstance(official, PixNerd):
+        return official, args.trained_size or 256, [str(label) for label in range(official.null_class)]
+    return official, args.trained_size or 512, []
 
 
 def _classes(args: argparse.Namespace, names: list[str]) -> list[int]:
     """The class of each image: those asked for, in turn."""
+    if args.features:
+        raise UsageError(f"--features: {args.checkpoint} is a class-to-image checkpoint, which takes --class")
     asked = []
     for text in args.classes or names:
         if text in names:
@@ -79,7 +91,31 @@ def _classes(args: argparse.Namespace, names: list[str]) -> list[int]:
         else:
             shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
             raise UsageError(f"--class: expected 0 to {len(names) - 1} or one of {shown}, got {text!r}")
-    return [asked[index % len(asked)] for index in range(args.n)]
+    return [asked[index % len(asked)] for index in range(args.n or 16)]
+
+
+def _texts(args: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
+    """The features of each image's text, those in the file in turn, and those of an empty one."""
+    from torch import Tensor
+
+    from pixnerd_kernels.checks import describe
+    from pixnerd_kernels.models.files import read
+
+    if args.classes:
+        raise UsageError(f"--class: {args.checkpoint} is a text-to-image checkpoint, which takes --features")
+    if not args.features:
+        raise UsageError(
+            f"--features: {args.checkpoint} is a text-to-image checkpoint, and needs a file with the features "
+            "of a text encoder"
+        )
+    content = read(args.features, "features file")
+    features, null = content.get("features"), content.get("null_features")
+    if not isinstance(features, Tensor) or not features.dim() or not len(features):
+        raise UsageError(
+            f"{args.features}: expected a tensor `features` [n, tokens, width], got {describe(features)}; "
+            f"the file holds {', '.join(map(str, content)) or 'nothing'}"
+        )
+    return features[[index % len(features) for index in range(args.n or len(features))]], null
 
 
 def _recorder(frames: list[Tensor]) -> Callable[[int, Tensor], None]:
@@ -101,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
     for package in ("safetensors", "PIL"):
         optional_package(package)
     from pixnerd_kernels.diffusion import pictures
+    from pixnerd_kernels.models import PixNerd
 
     if args.out.suffix.lower() != ".png":
         raise UsageError(f"--out: expected a .png file, got {str(args.out)!r}")
@@ -110,23 +147,22 @@ def run(args: argparse.Namespace) -> int:
     try:
         model, trained_size, names = _load(args)
         size = args.size or trained_size
+        by_class = isinstance(model, PixNerd)
         options: dict[str, Any] = {
+            "trained_size": trained_size,
+            "seed": args.seed,
+            "on_step": _recorder(frames) if args.gif else None,
             "solver": args.solver,
             "num_steps": args.steps,
             "order": args.order,
-            "guidance": args.guidance,
+            "guidance": (2.0 if by_class else 4.0) if args.guidance is None else args.guidance,
             "guidance_interval": tuple(args.guidance_interval),
-            "timeshift": args.timeshift,
+            "timeshift": args.timeshift or (1.0 if by_class else 3.0),
         }
-        images = pictures.draw(
-            model,
-            _classes(args, names),
-            size,
-            trained_size=trained_size,
-            seed=args.seed,
-            on_step=_recorder(frames) if args.gif else None,
-            **options,
-        )
+        if isinstance(model, PixNerd):
+            images = pictures.draw(model, _classes(args, names), size, **options)
+        else:
+            images = pictures.draw_texts(model, *_texts(args), size, **options)
         pictures.save_png(args.out, pictures.grid(images, args.columns))
         print(f"{len(images)} images of {size} x {size}: {args.out}")
         if args.gif:

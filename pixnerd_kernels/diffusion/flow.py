@@ -63,12 +63,17 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
     return data - noise
 
 
-def drop_classes(
-    y: Tensor, null_class: int, probability: float = 0.1, *, generator: torch.Generator | None = None
+def drop_conditions(
+    y: Tensor, null: int | Tensor, probability: float = 0.1, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """y [B] with each class replaced by `null_class` at this probability (classifier-free guidance)."""
-    drawn = torch.rand(y.shape, generator=generator, device=y.device)
-    return torch.where(drawn < probability, null_class, y)
+    """y [B, ...] with each image's condition replaced by `null` at this probability (classifier-free guidance).
+
+    null is the id of "no class" for class ids [B], or for text features [B, tokens, width] those of an empty
+    prompt, [tokens, width].
+    """
+    drawn = torch.rand(y.shape[:1], generator=generator, device=y.device)
+    dropped = (drawn < probability).view(-1, *(1,) * (y.dim() - 1))
+    return torch.where(dropped, torch.as_tensor(null, dtype=y.dtype, device=y.device), y)
 
 
 def loss(
@@ -76,7 +81,7 @@ def loss(
     data: Tensor,
     y: Tensor,
     *,
-    null_class: int,
+    null: int | Tensor,
     noise: Tensor | None = None,
     dropout: float = 0.1,
     shift: float = 1.0,
@@ -87,27 +92,30 @@ def loss(
 
     Args:
         model: called as model(x_t, t, y, **model_arguments), returns the velocity in x_t's shape.
-        data: [B, C, H, W] in [-1, 1]. y: [B] class ids.
-        null_class, dropout: as in `drop_classes`. shift: as in `shift_time`.
+        data: [B, C, H, W] in [-1, 1]. y: [B] class ids, or [B, tokens, width] text features.
+        null, dropout: as in `drop_conditions`. shift: as in `shift_time`.
         noise: of data's shape; None draws it, independent in every pixel.
-        generator: source of times, noise and dropped classes, on data's device; None is torch's global one.
+        generator: source of times, noise and dropped conditions, on data's device; None is torch's global one.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
     """
     problems = Problems("flow.loss")
     if problems.tensor("data", data, 4, "[B, C, H, W]"):
-        if y.shape != data.shape[:1]:
-            problems.add("y", f"the shape [{data.shape[0]}], one for each image", y)
+        if y.shape[:1] != data.shape[:1]:
+            problems.add("y", f"a condition for each of the {data.shape[0]} images", y)
         if noise is not None and noise.shape != data.shape:
             problems.add("noise", f"the shape of data {list(data.shape)}", noise)
+    shape = null.shape if isinstance(null, Tensor) else ()
+    if shape != y.shape[1:]:
+        problems.add("null", f"the shape of one image's condition {list(y.shape[1:])}", null)
     problems.number("dropout", dropout)
     problems.number("shift", shift)
     problems.raise_if_any()
     t = sample_times(data.shape[0], shift=shift, generator=generator, device=data.device)
     if noise is None:
         noise = torch.randn(data.shape, generator=generator, device=data.device, dtype=data.dtype)
-    y = drop_classes(y, null_class, dropout, generator=generator)
+    y = drop_conditions(y, null, dropout, generator=generator)
     velocity = model(interpolate(data, noise, t), t, y, **model_arguments)
     target = velocity_target(data, noise)
     return (velocity.to(torch.promote_types(velocity.dtype, torch.float32)) - target).square().mean()

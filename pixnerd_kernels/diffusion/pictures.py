@@ -1,9 +1,9 @@
-"""Drawing images of given classes with a class-to-image model, and putting them into files."""
+"""Drawing images of given classes or texts, and putting them into files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.diffusion.flow import scale_noise
 from pixnerd_kernels.diffusion.solvers import sample
-from pixnerd_kernels.models import PixNerd
+from pixnerd_kernels.models import PixNerd, PixNerdT2I
 from pixnerd_kernels.nn import scaled_patch
 
 #: Images that go through the model at once; part of what makes a drawing reproducible to the bit.
 BATCH = 64
 
 
-def decoder_scale(model: PixNerd, size: int, trained_size: int) -> tuple[float, float]:
+def decoder_scale(model: PixNerd | PixNerdT2I, size: int, trained_size: int) -> tuple[float, float]:
     """The scale that makes a model trained on square images of `trained_size` pixels draw `size` pixels.
 
     Raises:
@@ -69,22 +69,79 @@ def draw(
         if not 0 <= label < model.null_class:
             problems.add("class", f"a class from 0 to {model.null_class - 1}", label)
     problems.raise_if_any()
+    device = next(model.parameters()).device
+    conditions = torch.tensor(classes, dtype=torch.long, device=device)
+    null = torch.tensor(model.null_class, device=device)
+    return _draw(model, conditions, null, size, trained_size, seed, on_step, solver)
+
+
+def draw_texts(
+    model: PixNerdT2I,
+    features: Tensor,
+    null_features: Tensor | None,
+    size: int,
+    *,
+    trained_size: int,
+    seed: int = 0,
+    on_step: Callable[[int, Tensor], None] | None = None,
+    **solver: object,
+) -> Tensor:
+    """`draw` with a text-to-image model: one image for each text.
+
+    Args:
+        features: [n, text_tokens, text_width], of a text encoder.
+        null_features: [text_tokens, text_width], of an empty text; None only at guidance 1.
+        size, trained_size, seed, on_step, solver: as in `draw`.
+
+    Raises:
+        TypeError, ValueError: features of another shape, or a size that the patches do not tile.
+    """
+    shape = (model.config.text_tokens, model.config.text_width)
+    problems = Problems("draw_texts")
+    if (
+        problems.tensor("features", features, 3, "[n, text_tokens, text_width]")
+        and features.shape[1:] != shape
+    ):
+        problems.add("features", f"the shape [n, {shape[0]}, {shape[1]}]", features)
+    if null_features is None:
+        if solver.get("guidance", 1.0) != 1:
+            problems.add("null_features", f"those of an empty text {list(shape)} (guidance needs them)", None)
+    elif (
+        problems.tensor("null_features", null_features, 2, str(list(shape))) and null_features.shape != shape
+    ):
+        problems.add("null_features", f"the shape {list(shape)}", null_features)
+    problems.raise_if_any()
+    like = next(model.parameters())
+    null = None if null_features is None else null_features.to(like)
+    return _draw(model, features.to(like), null, size, trained_size, seed, on_step, solver)
+
+
+def _draw(
+    model: PixNerd | PixNerdT2I,
+    conditions: Tensor,
+    null: Tensor | None,
+    size: int,
+    trained_size: int,
+    seed: int,
+    on_step: Callable[[int, Tensor], None] | None,
+    solver: Mapping[str, object],
+) -> Tensor:
     scale = decoder_scale(model, size, trained_size)
-    parameter = next(model.parameters())
+    like = next(model.parameters())
     channels = model.config.in_channels
     generator = torch.Generator().manual_seed(seed)
-    white = (torch.randn(channels, trained_size, trained_size, generator=generator) for _ in classes)
+    white = (torch.randn(channels, trained_size, trained_size, generator=generator) for _ in conditions)
     noise = [scale_noise(image, size) for image in white]
     drawn = [torch.empty(0, channels, size, size)]
-    for start in range(0, len(classes), BATCH):
-        part = torch.stack(noise[start : start + BATCH]).to(parameter.device, parameter.dtype)
-        condition = torch.tensor(classes[start : start + BATCH], device=parameter.device)
+    for start in range(0, len(conditions), BATCH):
+        part = torch.stack(noise[start : start + BATCH]).to(like)
+        condition = conditions[start : start + BATCH]
         drawn.append(
             sample(
                 lambda x, t, y: model(x, t, y, decoder_scale=scale).to(x.dtype),
                 part,
                 condition,
-                torch.full_like(condition, model.null_class),
+                None if null is None else null.expand_as(condition),
                 on_step=on_step,
                 **solver,  # type: ignore[arg-type]
             ).float().cpu()

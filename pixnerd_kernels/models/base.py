@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.checks import FLOATS, Problems
 from pixnerd_kernels.models.config import PixNerdConfig, PixNerdT2IConfig
 from pixnerd_kernels.nn import PixelDecoder, TimestepEmbedding, patchify, scaled_patch
 
@@ -93,6 +94,7 @@ class PixNerdBase(nn.Module):
         if not height or not width:
             problems.add("decoder_scale", "at least one pixel a patch", decoder_scale)
         elif readable:
+            self._check_dtype(problems, x)
             if x.shape[1] != self.config.in_channels:
                 problems.add("x", f"{self.config.in_channels} channels", x)
             if x.shape[2] % height or x.shape[3] % width or 0 in x.shape:
@@ -101,6 +103,11 @@ class PixNerdBase(nn.Module):
                 problems.add("t", f"the shape [{x.shape[0]}], one for each image", t)
         self._check_condition(problems, y, x.shape[0] if readable else None)
         problems.raise_if_any()
+
+    def _check_dtype(self, problems: Problems, x: Tensor) -> None:
+        dtype, device = self.patch_embed.weight.dtype, x.device.type
+        if device in ("cpu", "cuda") and dtype in FLOATS and not torch.is_autocast_enabled(device):
+            problems.same_dtype("the model", self.patch_embed.weight, [("x", x)])
 
     def to_official(self) -> dict[str, Tensor]:
         """This model's weights under the official checkpoint's names; see `models.to_official`."""

@@ -46,7 +46,9 @@ class PixNerdConfig:
     def __post_init__(self) -> None:
         problems = Problems("PixNerdConfig")
         sizes = {name: value for name, value in vars(self).items() if name != "encoding"}
-        counted = [problems.count(name, value, minimum=name != "num_blocks") for name, value in sizes.items()]
+        counted = [
+            problems.count(name, value, minimum=int(name != "num_blocks")) for name, value in sizes.items()
+        ]
         problems.choice("encoding", self.encoding, KINDS)
         if all(counted):
             _check_heads(problems, self.hidden_size, self.num_heads)
@@ -90,7 +92,7 @@ class PixNerdT2IConfig:
         sizes = {name: value for name, value in vars(self).items() if name != "extent"}
         empty = ("num_blocks", "num_text_blocks")
         counted = {
-            name: problems.count(name, value, minimum=name not in empty) for name, value in sizes.items()
+            name: problems.count(name, value, minimum=int(name not in empty)) for name, value in sizes.items()
         }
         problems.number("extent", self.extent)
         if all(counted.values()):

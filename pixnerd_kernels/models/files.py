@@ -23,6 +23,8 @@ def read(path: str | Path, what: str = "checkpoint") -> Mapping[Any, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no {what} at {path}")
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: an empty file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -36,13 +38,16 @@ def read(path: str | Path, what: str = "checkpoint") -> Mapping[Any, Any]:
         raise
     except pickle.UnpicklingError as error:
         # Torch's message advises to switch the protection off; only its reason is of use.
-        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or "unreadable"
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        reason = reason.partition(" Please use")[0] or "unreadable"
         raise ValueError(
             f"{path}: refused, because it is damaged or holds more than tensors and plain values: {reason}"
         ) from error
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{path}: not a readable {what}: {type(error).__name__}: {reason}") from error
+        raise ValueError(
+            f"{path}: not a readable {what}, or a damaged one ({type(error).__name__}: {reason})"
+        ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(content).__name__}")
     return content

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixnerd_kernels.checks import FLOATS
 from pixnerd_kernels.models.base import PixNerdBase
 from pixnerd_kernels.models.config import PixNerdConfig, PixNerdT2IConfig
 from pixnerd_kernels.models.files import read
@@ -95,7 +96,7 @@ def load_official(
         state = _denoiser(read(path_or_state_dict), source)
     else:
         raise TypeError(
-            f"path_or_state_dict: expected a path or a state dict, got a {type(path_or_state_dict).__name__}"
+            f"path_or_state_dict: expected a path or a state dict, got {type(path_or_state_dict).__name__}"
         )
     inferred = infer(state, variant, source)
     if config is not None:
@@ -134,7 +135,8 @@ def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sou
     for key, tensor in expected.items():
         if key in state and state[key].shape != tensor.shape:
             problems.append(f"{key} has the shape {list(state[key].shape)}, expected {list(tensor.shape)}")
-        if key in state and not state[key].is_floating_point():
-            problems.append(f"{key} has the dtype {state[key].dtype}, expected a floating one")
+        if key in state and state[key].dtype not in FLOATS:
+            expected_dtype = "float32, float64, bfloat16 or float16"
+            problems.append(f"{key} has the dtype {state[key].dtype}, expected {expected_dtype}")
     if problems:
         raise ValueError(f"{source}: not this model's weights: {'; '.join(problems)}")

@@ -76,7 +76,7 @@ class Trainer:
                 self.model,
                 self._resized(images, size),
                 labels,
-                null_class=self.model.null_class,
+                null=self.model.null_class,
                 noise=flow.scale_noise(noise, size),
                 dropout=settings.class_dropout,
                 shift=settings.timeshift,

@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pixnerd_kernels.cli import main
 
-GOLDEN = Path(__file__).parents[1] / "data" / "c2i_tiny.safetensors"
+DATA = Path(__file__).parents[1] / "data"
+
+
+def official(name, path):
+    """A checkpoint as the official training writes it."""
+    tensors = load_file(DATA / f"{name}.safetensors")
+    state = {f"ema_denoiser.{key[6:]}": value for key, value in tensors.items() if key.startswith("param.")}
+    torch.save({"state_dict": state}, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +89,75 @@ def test_guidance_one_and_an_interval_change_the_images(run, tmp_path):
 
 
 def test_official_checkpoints_are_drawn_in_colour(tmp_path):
-    tensors = load_file(GOLDEN)
-    state = {f"ema_denoiser.{key[6:]}": value for key, value in tensors.items() if key.startswith("param.")}
-    torch.save({"state_dict": state}, tmp_path / "official.ckpt")
+    path = official("c2i_tiny", tmp_path / "official.ckpt")
     arguments = ["--trained-size", 16, "--size", 24, "--n", 2, "--steps", 2, "--class", 9]
-    assert sample(tmp_path / "official.ckpt", tmp_path / "g.png", *arguments) == 0
+    assert sample(path, tmp_path / "g.png", *arguments) == 0
     drawn = pixels(tmp_path / "g.png")
     assert drawn.shape == (28, 54, 3)
     assert drawn[2:26, 2:26].std() > 10
+
+
+def test_texts_are_drawn_from_their_features(tmp_path):
+    path = official("t2i_tiny", tmp_path / "text.ckpt")
+    torch.manual_seed(0)
+    texts = {"features": torch.randn(2, 7, 24).bfloat16(), "null_features": torch.randn(7, 24)}
+    torch.save(texts, tmp_path / "texts.pt")
+    save_file(texts, tmp_path / "texts.safetensors")
+    arguments = ["--trained-size", 16, "--size", 24, "--steps", 2, "--variant", "t2i_heavydecoder"]
+    for name in ("texts.pt", "texts.safetensors"):
+        assert sample(path, tmp_path / f"{name}.png", *arguments, "--features", tmp_path / name) == 0
+    drawn = pixels(tmp_path / "texts.pt.png")
+    assert drawn.shape == (28, 54, 3)
+    assert np.array_equal(drawn, pixels(tmp_path / "texts.safetensors.png"))
+    # Three images from two texts: the third has the first one's text, and noise of its own.
+    more = [*arguments, "--features", tmp_path / "texts.pt", "--n", 3, "--columns", 2]
+    assert sample(path, tmp_path / "three.png", *more) == 0
+    three = pixels(tmp_path / "three.png")
+    assert three.shape == (54, 54, 3)
+    assert abs(three[:28].astype(int) - drawn).max() <= 1
+    # What is not asked for is as the official text-to-image sampler has it.
+    assert sample(path, tmp_path / "same.png", *more[:-4], "--guidance", 4, "--timeshift", 3) == 0
+    assert np.array_equal(drawn, pixels(tmp_path / "same.png"))
+
+
+def test_mistakes_with_texts_are_one_line(run, tmp_path, capsys):
+    path = official("t2i_tiny", tmp_path / "text.ckpt")
+    texts = {"features": torch.zeros(2, 7, 24), "null_features": torch.zeros(7, 24)}
+    files = {
+        "good": texts,
+        "short": {**texts, "features": torch.zeros(2, 6, 24)},
+        "alone": {"features": texts["features"]},
+        "other": {"prompt_embeds": texts["features"]},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+    heavy = [path, "--variant", "t2i_heavydecoder", "--trained-size", 16]
+    cases = [
+        ([path, "--features", "good.pt"], "text.ckpt: variant: expected 't2i' or 't2i_heavydecoder'"),
+        ([path, "--variant", "c2i"], "the keys are those of a text-to-image model"),
+        (heavy, "text.ckpt is a text-to-image checkpoint, and needs a file with the features"),
+        ([*heavy, "--class", "1"], "text.ckpt is a text-to-image checkpoint, which takes --features"),
+        ([run, "--features", "good.pt"], "is a class-to-image checkpoint, which takes --class"),
+        ([*heavy, "--features", tmp_path / "none.pt"], "no features file at"),
+        (
+            [*heavy, "--features", tmp_path / "short.pt"],
+            "features: expected the shape [n, 7, 24], got [2, 6, 24]",
+        ),
+        (
+            [*heavy, "--features", tmp_path / "alone.pt"],
+            "null_features: expected those of an empty text [7, 24]",
+        ),
+        (
+            [*heavy, "--features", tmp_path / "other.pt"],
+            "expected a tensor `features` [n, tokens, width], got None",
+        ),
+    ]
+    for arguments, words in cases:
+        assert sample(*arguments[:1], tmp_path / "g.png", *arguments[1:]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1, err
+        assert words in err
 
 
 def test_mistakes_are_one_line(run, tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pixnerd_kernels import models
-from pixnerd_kernels.diffusion import flow
+from pixnerd_kernels.diffusion import flow, sample
 
 
 def test_the_path_runs_from_noise_to_data_at_the_target_velocity():
@@ -44,12 +44,25 @@ def test_times_are_log_normal_and_shifted():
 
 def test_classes_are_dropped_at_the_given_probability():
     y = torch.arange(4).repeat(5000)
-    dropped = flow.drop_classes(y, 9, 0.1, generator=torch.Generator().manual_seed(0))
+    dropped = flow.drop_conditions(y, 9, 0.1, generator=torch.Generator().manual_seed(0))
     hit = dropped == 9
     assert abs(hit.float().mean() - 0.1) < 0.01
     assert torch.equal(dropped[~hit], y[~hit])
-    assert torch.equal(flow.drop_classes(y, 9, 0.0), y)
-    assert (flow.drop_classes(y, 9, 1.0) == 9).all()
+    assert torch.equal(flow.drop_conditions(y, 9, 0.0), y)
+    assert (flow.drop_conditions(y, 9, 1.0) == 9).all()
+
+
+def test_texts_are_dropped_whole():
+    y, null = torch.ones(1000, 3, 2), torch.full((3, 2), 9.0)
+    dropped = flow.drop_conditions(y, null, 0.1, generator=torch.Generator().manual_seed(0))
+    changed = (dropped == 9).flatten(1)
+    assert torch.equal(changed.all(1), changed.any(1))
+    assert 60 < changed.all(1).sum() < 140
+    assert torch.equal(dropped[~changed.all(1)], y[~changed.all(1)])
+    with pytest.raises(
+        ValueError, match=r"null: expected the shape of one image's condition \[3, 2\], got 9"
+    ):
+        flow.loss(lambda x, t, y: x, torch.zeros(1000, 1, 2, 2), y, null=9)
 
 
 def test_loss_of_the_true_velocity_is_zero_and_of_zero_its_variance():
@@ -60,8 +73,8 @@ def test_loss_of_the_true_velocity_is_zero_and_of_zero_its_variance():
         t = t.view(-1, 1, 1, 1)
         return (data - x) / (1 - t)
 
-    assert flow.loss(truth, data, y, null_class=1) < 1e-6
-    zero = flow.loss(lambda x, t, y: torch.zeros_like(x), data, y, null_class=1)
+    assert flow.loss(truth, data, y, null=1) < 1e-6
+    zero = flow.loss(lambda x, t, y: torch.zeros_like(x), data, y, null=1)
     assert abs(zero - 1.25) < 0.05  # the noise's variance and the data's square
 
 
@@ -73,7 +86,7 @@ def test_loss_draws_from_the_generator_only():
             lambda x, t, y: x * y.view(-1, 1, 1, 1),
             data,
             y,
-            null_class=2,
+            null=2,
             dropout=0.5,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -82,34 +95,57 @@ def test_loss_draws_from_the_generator_only():
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
     assert torch.equal(torch.random.get_rng_state(), state)
-    with pytest.raises(ValueError, match=r"y: expected the shape \[2\]"):
-        flow.loss(lambda x, t, y: x, data, torch.zeros(3, dtype=torch.long), null_class=2)
+    with pytest.raises(ValueError, match="y: expected a condition for each of the 2 images"):
+        flow.loss(lambda x, t, y: x, data, torch.zeros(3, dtype=torch.long), null=2)
     with pytest.raises(ValueError, match=r"noise: expected the shape of data \[2, 1, 4, 4\]"):
-        flow.loss(lambda x, t, y: x, data, y, null_class=2, noise=torch.zeros(2, 1, 4, 5))
-    exact = flow.loss(lambda x, t, y: data - 3, data, y, null_class=2, noise=torch.full((2, 1, 4, 4), 3.0))
+        flow.loss(lambda x, t, y: x, data, y, null=2, noise=torch.zeros(2, 1, 4, 5))
+    exact = flow.loss(lambda x, t, y: data - 3, data, y, null=2, noise=torch.full((2, 1, 4, 4), 3.0))
     assert exact == 0
+
+
+def overfit(model, y, null, steps):
+    """Train on two images, told apart by their conditions; the losses, and the drawn images' squared error."""
+    rows = torch.linspace(-1, 1, 8)
+    data = torch.stack([rows.expand(8, 8), -rows[:, None].expand(8, 8)])[:, None].repeat(16, 1, 1, 1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(steps):
+        loss = flow.loss(model, data, y.repeat(16, *(1,) * (y.dim() - 1)), null=null, generator=generator)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    noise = torch.randn(2, 1, 8, 8, generator=generator)
+    drawn = sample(model, noise, y, solver="adams", num_steps=20)
+    return losses, (drawn - data[:2]).square().mean()
 
 
 def test_a_model_overfits_one_batch():
     """The loss falls on the way, and samples of each class end near the one image of that class."""
     torch.manual_seed(0)
     config = models.PixNerdConfig(32, 2, 2, 2, 8, 2, patch_size=4, in_channels=1, num_classes=2, max_freqs=3)
-    model = models.PixNerd(config)
-    rows = torch.linspace(-1, 1, 8)
-    data = torch.stack([rows.expand(8, 8), -rows[:, None].expand(8, 8)])[:, None].repeat(16, 1, 1, 1)
-    y = torch.arange(2).repeat(16)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(0)
-    losses = []
-    for _ in range(150):
-        loss = flow.loss(model, data, y, null_class=2, generator=generator)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
+    losses, error = overfit(models.PixNerd(config), torch.arange(2), null=2, steps=150)
     assert sum(losses[-10:]) < 0.35 * sum(losses[:10])
-    from pixnerd_kernels.diffusion import sample
+    assert error < 0.1
 
-    noise = torch.randn(2, 1, 8, 8, generator=generator)
-    drawn = sample(model, noise, torch.tensor([0, 1]), solver="adams", num_steps=20)
-    assert (drawn - data[:2]).square().mean() < 0.1
+
+def test_a_text_to_image_model_overfits_one_batch():
+    torch.manual_seed(0)
+    config = models.PixNerdT2IConfig(
+        32,
+        2,
+        1,
+        1,
+        1,
+        text_tokens=3,
+        text_width=8,
+        field_channels=8,
+        patch_size=4,
+        in_channels=1,
+        max_freqs=4,
+    )
+    model = models.PixNerdT2I(config)
+    losses, error = overfit(model, torch.randn(2, 3, 8), null=torch.randn(3, 8), steps=100)
+    assert sum(losses[-10:]) < 0.35 * sum(losses[:10])
+    assert error < 0.1

@@ -9,6 +9,9 @@ from pixnerd_kernels import models
 from pixnerd_kernels.diffusion import pictures
 
 CONFIG = models.PixNerdConfig(32, 2, 1, 1, 8, 2, patch_size=4, in_channels=1, num_classes=3, max_freqs=3)
+TEXT = models.PixNerdT2IConfig(
+    32, 2, 1, 1, 1, text_tokens=5, text_width=12, field_channels=8, patch_size=4, in_channels=1, max_freqs=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,33 @@ def test_an_image_depends_on_seed_place_and_class_alone(model):
     assert not torch.allclose(images[1], images[3])
     assert not torch.allclose(draw(model, [2])[0], images[0])
     assert not torch.allclose(draw(model, [0], seed=1)[0], images[0])
+
+
+def test_texts_are_drawn_like_classes(monkeypatch):
+    torch.manual_seed(0)
+    model = models.PixNerdT2I(TEXT).requires_grad_(False)
+    torch.nn.init.normal_(model.decoder.linear.weight)
+    texts, empty = torch.randn(3, 5, 12), torch.randn(5, 12)
+
+    def drawn(features, null=empty, size=8, **options):
+        options = {"solver": "euler", "num_steps": 3, "guidance": 2.0, **options}
+        return pictures.draw_texts(model, features, null, size, trained_size=8, **options)
+
+    images = drawn(texts)
+    monkeypatch.setattr(pictures, "BATCH", 2)
+    torch.testing.assert_close(drawn(texts.double()), images, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(drawn(texts[[1, 1]])[0], images[0])  # the text counts
+    assert not torch.allclose(drawn(texts, texts[0]), images)  # and the empty one
+    assert torch.equal(drawn(texts, None, guidance=1.0), drawn(texts, guidance=1.0))
+    assert drawn(texts, size=12).shape == (3, 1, 12, 12)
+    with pytest.raises(
+        ValueError, match=r"null_features: expected those of an empty text \[5, 12\] \(guidance"
+    ):
+        drawn(texts, None)
+    with pytest.raises(
+        ValueError, match=r"features: expected the shape \[n, 5, 12\].*; null_features: expected the"
+    ):
+        drawn(texts[:, :4], empty[:4])
 
 
 def test_batches_are_joined(model, monkeypatch):

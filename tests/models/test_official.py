@@ -124,7 +124,7 @@ def test_what_is_no_official_checkpoint_is_said_to_be_none(state):
         models.load_official({**state, "epoch": 3})
     with pytest.raises(ValueError, match="variant: expected one of"):
         models.load_official(state, variant="xl")
-    with pytest.raises(TypeError, match="path_or_state_dict: expected a path or a state dict, got a int"):
+    with pytest.raises(TypeError, match="path_or_state_dict: expected a path or a state dict, got int"):
         models.load_official(3)
 
 
@@ -198,6 +198,13 @@ def test_files_that_are_no_checkpoint_are_refused(state, tmp_path):
     text.write_text("hello")
     plain = tmp_path / "list.pt"
     torch.save([1, 2], plain)
-    for path in (cut, text, plain):
+    other = tmp_path / "other.ckpt"
+    other.write_text("hello world")
+    empty = tmp_path / "empty.ckpt"
+    empty.touch()
+    legacy = tmp_path / "legacy.ckpt"
+    torch.save(state, legacy, _use_new_zipfile_serialization=False)
+    legacy.write_bytes(legacy.read_bytes()[:20000])
+    for path in (cut, text, plain, other, empty, legacy):
         with pytest.raises(ValueError, match=path.name):
             models.load_official(path)
