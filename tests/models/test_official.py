@@ -76,6 +76,15 @@ def test_configuration_comes_from_the_shapes(state):
     assert config == models.PixNerdConfig(32, 4, 2, 2, 16, 2, 8, 3, 10, 8)
 
 
+@pytest.mark.parametrize("name", ["L/16", "XL/16", "XXL/16"])
+def test_full_sizes_come_from_their_shapes(name):
+    config = (models.CONFIGS | models.T2I_CONFIGS)[name]
+    family = models.PixNerd if name in models.CONFIGS else models.PixNerdT2I
+    with torch.device("meta"):
+        model = family(config)
+    assert models.load_official(model.to_official()).config == config
+
+
 def test_configuration_is_checked_where_given(state):
     official = load("c2i_tiny")[0]
     models.load_official(state, {**official, "learn_sigma": True, "weight_path": None})
