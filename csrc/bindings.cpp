@@ -7,10 +7,14 @@
 #include <cstdint>
 
 #include "coordinate_encoding.h"
+#include "gated_residual.h"
 #include "isa.h"
+#include "modulated_rms_norm.h"
 #include "neural_field_mlp.h"
 #include "normalize_weights.h"
 #include "parallel.h"
+#include "qk_norm_rope.h"
+#include "swiglu.h"
 
 namespace py = pybind11;
 
@@ -23,6 +27,15 @@ using Strided = std::array<std::int64_t, 3>;
 
 pixnerd::Matrices input(const Strided& t) { return {reinterpret_cast<const void*>(t[0]), t[1], t[2]}; }
 pixnerd::MutableMatrices output(const Strided& t) { return {reinterpret_cast<void*>(t[0]), t[1], t[2]}; }
+
+// A tensor of heads as (address, batch stride, token stride, head stride).
+using StridedHeads = std::array<std::int64_t, 4>;
+
+pixnerd::Heads input(const StridedHeads& t) { return {reinterpret_cast<const void*>(t[0]), t[1], t[2], t[3]}; }
+pixnerd::MutableHeads output(const StridedHeads& t) { return {reinterpret_cast<void*>(t[0]), t[1], t[2], t[3]}; }
+
+const void* address(std::int64_t value) { return reinterpret_cast<const void*>(value); }
+void* mutable_address(std::int64_t value) { return reinterpret_cast<void*>(value); }
 
 pixnerd::NeuralField field(std::int64_t patches, std::int64_t pixels, int channels, int hidden, int dtype,
                            int activation, bool residual, std::array<bool, 3> normalize, double norm_eps,
@@ -46,6 +59,118 @@ pixnerd::NeuralField field(std::int64_t patches, std::int64_t pixels, int channe
           .w2 = input(w2),
           .w_gate = input(w_gate),
           .norm_weight = reinterpret_cast<const void*>(norm_weight)};
+}
+
+// The ops of the transformer's blocks.
+void define_transformer_ops(py::module_& m) {
+  using pixnerd::GatedResidual, pixnerd::ModulatedNorm, pixnerd::QkNormRope, pixnerd::Swiglu;
+  py::class_<ModulatedNorm>(m, "ModulatedNorm", "Sizes and addresses of one call.")
+      .def(py::init([](const std::array<std::int64_t, 3>& sizes, int dtype, double eps, int threads, const Strided& x,
+                       const Strided& y, const Strided& gate, const Strided& shift, const Strided& scale,
+                       std::int64_t weight) {
+             return ModulatedNorm{sizes[0],    sizes[1],     sizes[2],     static_cast<DType>(dtype),
+                                  eps,         threads,      input(x),     input(y),
+                                  input(gate), input(shift), input(scale), address(weight)};
+           }),
+           py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("eps"), py::arg("threads"), py::arg("x"),
+           py::arg("y"), py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("weight"));
+  m.def(
+      "modulated_rms_norm_forward",
+      [](const ModulatedNorm& norm, const Strided& z, const Strided& out) {
+        py::gil_scoped_release release;
+        pixnerd::modulated_rms_norm_forward(norm, output(z), output(out));
+      },
+      py::arg("norm"), py::arg("z"), py::arg("out"));
+  m.def(
+      "modulated_rms_norm_backward",
+      [](const ModulatedNorm& norm, const Strided& grad, const Strided& grad_z, const Strided& dx, const Strided& dy,
+         const Strided& d_gate, const Strided& d_shift, const Strided& d_scale, std::int64_t d_weight) {
+        py::gil_scoped_release release;
+        pixnerd::modulated_rms_norm_backward(
+            norm, {input(grad), input(grad_z), output(dx), output(dy), output(d_gate), output(d_shift),
+                   output(d_scale), mutable_address(d_weight)});
+      },
+      py::arg("norm"), py::arg("grad"), py::arg("grad_z"), py::arg("dx"), py::arg("dy"), py::arg("d_gate"),
+      py::arg("d_shift"), py::arg("d_scale"), py::arg("d_weight"));
+
+  py::class_<GatedResidual>(m, "GatedResidual", "Sizes and addresses of one call.")
+      .def(py::init([](const std::array<std::int64_t, 3>& sizes, int dtype, int threads, const Strided& y,
+                       const Strided& gate) {
+             return GatedResidual{sizes[0], sizes[1], sizes[2],   static_cast<DType>(dtype),
+                                  threads,  input(y), input(gate)};
+           }),
+           py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("threads"), py::arg("y"), py::arg("gate"));
+  m.def(
+      "gated_residual_forward",
+      [](const GatedResidual& g, const Strided& x, const Strided& out) {
+        py::gil_scoped_release release;
+        pixnerd::gated_residual_forward(g, input(x), output(out));
+      },
+      py::arg("residual"), py::arg("x"), py::arg("out"));
+  m.def(
+      "gated_residual_backward",
+      [](const GatedResidual& g, const Strided& grad, const Strided& dy, const Strided& d_gate) {
+        py::gil_scoped_release release;
+        pixnerd::gated_residual_backward(g, input(grad), output(dy), output(d_gate));
+      },
+      py::arg("residual"), py::arg("grad"), py::arg("dy"), py::arg("d_gate"));
+
+  py::class_<QkNormRope>(m, "QkNormRope", "Sizes and addresses of one call.")
+      .def(
+          py::init([](const std::array<std::int64_t, 5>& sizes, int dtype, double eps, int threads,
+                      const StridedHeads& q, const StridedHeads& k, const StridedHeads& v, const StridedHeads& text_k,
+                      const StridedHeads& text_v, std::int64_t q_weight, std::int64_t k_weight, std::int64_t rope) {
+            return QkNormRope{sizes[0],      sizes[1],          sizes[2],
+                              sizes[3],      sizes[4],          static_cast<DType>(dtype),
+                              eps,           threads,           input(q),
+                              input(k),      input(v),          input(text_k),
+                              input(text_v), address(q_weight), address(k_weight),
+                              address(rope)};
+          }),
+          py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("eps"), py::arg("threads"), py::arg("q"),
+          py::arg("k"), py::arg("v"), py::arg("text_k"), py::arg("text_v"), py::arg("q_weight"), py::arg("k_weight"),
+          py::arg("rope"));
+  m.def(
+      "qk_norm_rope_forward",
+      [](const QkNormRope& a, const StridedHeads& q, const StridedHeads& k, const StridedHeads& v) {
+        py::gil_scoped_release release;
+        pixnerd::qk_norm_rope_forward(a, output(q), output(k), output(v));
+      },
+      py::arg("call"), py::arg("q"), py::arg("k"), py::arg("v"));
+  m.def(
+      "qk_norm_rope_backward",
+      [](const QkNormRope& a, const StridedHeads& q, const StridedHeads& k, const StridedHeads& v,
+         const StridedHeads& d_q, const StridedHeads& d_k, const StridedHeads& d_v, const StridedHeads& d_text_k,
+         const StridedHeads& d_text_v, std::int64_t d_q_weight, std::int64_t d_k_weight) {
+        py::gil_scoped_release release;
+        pixnerd::qk_norm_rope_backward(
+            a, {input(q), input(k), input(v), output(d_q), output(d_k), output(d_v), output(d_text_k),
+                output(d_text_v), mutable_address(d_q_weight), mutable_address(d_k_weight)});
+      },
+      py::arg("call"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"),
+      py::arg("d_text_k"), py::arg("d_text_v"), py::arg("d_q_weight"), py::arg("d_k_weight"));
+
+  py::class_<Swiglu>(m, "Swiglu", "Sizes and addresses of one call.")
+      .def(py::init([](std::int64_t rows, std::int64_t columns, int dtype, int threads, const Strided& gate,
+                       const Strided& up) {
+             return Swiglu{rows, columns, static_cast<DType>(dtype), threads, input(gate), input(up)};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("threads"), py::arg("gate"),
+           py::arg("up"));
+  m.def(
+      "swiglu_forward",
+      [](const Swiglu& s, const Strided& out) {
+        py::gil_scoped_release release;
+        pixnerd::swiglu_forward(s, output(out));
+      },
+      py::arg("call"), py::arg("out"));
+  m.def(
+      "swiglu_backward",
+      [](const Swiglu& s, const Strided& grad, const Strided& d_gate, const Strided& d_up) {
+        py::gil_scoped_release release;
+        pixnerd::swiglu_backward(s, input(grad), output(d_gate), output(d_up));
+      },
+      py::arg("call"), py::arg("grad"), py::arg("d_gate"), py::arg("d_up"));
 }
 
 }  // namespace
@@ -108,4 +233,5 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("height"), py::arg("width"), py::arg("max_freqs"), py::arg("kind"), py::arg("scale_x"),
       py::arg("scale_y"), py::arg("out"));
+  define_transformer_ops(m);
 }

@@ -5,12 +5,20 @@
 
 namespace pixnerd {
 
-#define PIXNERD_DECLARE(isa)                                                       \
-  namespace isa {                                                                  \
-  void neural_field_mlp_forward(const NeuralField&, MutableMatrices);              \
-  void neural_field_mlp_backward(const NeuralField&, const NeuralFieldGradients&); \
-  void normalize_weights_forward(const ColumnNorm&, void*);                        \
-  void normalize_weights_backward(const ColumnNorm&, const void*, void*);          \
+#define PIXNERD_DECLARE(isa)                                                                      \
+  namespace isa {                                                                                 \
+  void neural_field_mlp_forward(const NeuralField&, MutableMatrices);                             \
+  void neural_field_mlp_backward(const NeuralField&, const NeuralFieldGradients&);                \
+  void normalize_weights_forward(const ColumnNorm&, void*);                                       \
+  void normalize_weights_backward(const ColumnNorm&, const void*, void*);                         \
+  void modulated_rms_norm_forward(const ModulatedNorm&, MutableMatrices, MutableMatrices);        \
+  void modulated_rms_norm_backward(const ModulatedNorm&, const ModulatedNormGradients&);          \
+  void gated_residual_forward(const GatedResidual&, Matrices, MutableMatrices);                   \
+  void gated_residual_backward(const GatedResidual&, Matrices, MutableMatrices, MutableMatrices); \
+  void qk_norm_rope_forward(const QkNormRope&, MutableHeads, MutableHeads, MutableHeads);         \
+  void qk_norm_rope_backward(const QkNormRope&, const QkNormRopeGradients&);                      \
+  void swiglu_forward(const Swiglu&, MutableMatrices);                                            \
+  void swiglu_backward(const Swiglu&, Matrices, MutableMatrices, MutableMatrices);                \
   }
 PIXNERD_DECLARE(portable)
 #if PIXNERD_HAS_AVX2
@@ -27,9 +35,19 @@ struct Isa {
   Kernels kernels;
 };
 
-#define PIXNERD_KERNELS(isa)                                                                      \
-  {isa::neural_field_mlp_forward, isa::neural_field_mlp_backward, isa::normalize_weights_forward, \
-   isa::normalize_weights_backward}
+#define PIXNERD_KERNELS(isa)         \
+  {isa::neural_field_mlp_forward,    \
+   isa::neural_field_mlp_backward,   \
+   isa::normalize_weights_forward,   \
+   isa::normalize_weights_backward,  \
+   isa::modulated_rms_norm_forward,  \
+   isa::modulated_rms_norm_backward, \
+   isa::gated_residual_forward,      \
+   isa::gated_residual_backward,     \
+   isa::qk_norm_rope_forward,        \
+   isa::qk_norm_rope_backward,       \
+   isa::swiglu_forward,              \
+   isa::swiglu_backward}
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
@@ -96,6 +114,28 @@ void neural_field_mlp_backward(const NeuralField& field, const NeuralFieldGradie
 void normalize_weights_forward(const ColumnNorm& norm, void* out) { kernels().normalize_weights_forward(norm, out); }
 void normalize_weights_backward(const ColumnNorm& norm, const void* grad, void* out) {
   kernels().normalize_weights_backward(norm, grad, out);
+}
+void modulated_rms_norm_forward(const ModulatedNorm& norm, MutableMatrices z, MutableMatrices out) {
+  kernels().modulated_rms_norm_forward(norm, z, out);
+}
+void modulated_rms_norm_backward(const ModulatedNorm& norm, const ModulatedNormGradients& gradients) {
+  kernels().modulated_rms_norm_backward(norm, gradients);
+}
+void gated_residual_forward(const GatedResidual& g, Matrices x, MutableMatrices out) {
+  kernels().gated_residual_forward(g, x, out);
+}
+void gated_residual_backward(const GatedResidual& g, Matrices grad, MutableMatrices d_y, MutableMatrices d_gate) {
+  kernels().gated_residual_backward(g, grad, d_y, d_gate);
+}
+void qk_norm_rope_forward(const QkNormRope& a, MutableHeads q, MutableHeads k, MutableHeads v) {
+  kernels().qk_norm_rope_forward(a, q, k, v);
+}
+void qk_norm_rope_backward(const QkNormRope& a, const QkNormRopeGradients& d) {
+  kernels().qk_norm_rope_backward(a, d);
+}
+void swiglu_forward(const Swiglu& s, MutableMatrices out) { kernels().swiglu_forward(s, out); }
+void swiglu_backward(const Swiglu& s, Matrices grad, MutableMatrices d_gate, MutableMatrices d_up) {
+  kernels().swiglu_backward(s, grad, d_gate, d_up);
 }
 
 }  // namespace pixnerd

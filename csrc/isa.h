@@ -4,8 +4,12 @@
 #include <string>
 #include <vector>
 
+#include "gated_residual.h"
+#include "modulated_rms_norm.h"
 #include "neural_field_mlp.h"
 #include "normalize_weights.h"
+#include "qk_norm_rope.h"
+#include "swiglu.h"
 
 namespace pixnerd {
 
@@ -24,6 +28,14 @@ struct Kernels {
   void (*neural_field_mlp_backward)(const NeuralField&, const NeuralFieldGradients&);
   void (*normalize_weights_forward)(const ColumnNorm&, void*);
   void (*normalize_weights_backward)(const ColumnNorm&, const void*, void*);
+  void (*modulated_rms_norm_forward)(const ModulatedNorm&, MutableMatrices, MutableMatrices);
+  void (*modulated_rms_norm_backward)(const ModulatedNorm&, const ModulatedNormGradients&);
+  void (*gated_residual_forward)(const GatedResidual&, Matrices, MutableMatrices);
+  void (*gated_residual_backward)(const GatedResidual&, Matrices, MutableMatrices, MutableMatrices);
+  void (*qk_norm_rope_forward)(const QkNormRope&, MutableHeads, MutableHeads, MutableHeads);
+  void (*qk_norm_rope_backward)(const QkNormRope&, const QkNormRopeGradients&);
+  void (*swiglu_forward)(const Swiglu&, MutableMatrices);
+  void (*swiglu_backward)(const Swiglu&, Matrices, MutableMatrices, MutableMatrices);
 };
 const Kernels& kernels();
 

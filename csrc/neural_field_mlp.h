@@ -10,21 +10,9 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "tensors.h"
 
 namespace pixnerd {
-
-// A batch of matrices whose rows are dense; strides in elements.
-struct Matrices {
-  const void* data = nullptr;
-  std::int64_t patch_stride = 0;
-  std::int64_t row_stride = 0;
-};
-
-struct MutableMatrices {
-  void* data = nullptr;
-  std::int64_t patch_stride = 0;
-  std::int64_t row_stride = 0;
-};
 
 enum class Activation : int { kSilu = 0, kGelu = 1, kRelu = 2 };
 

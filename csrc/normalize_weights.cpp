@@ -1,7 +1,6 @@
 #include "normalize_weights.h"
 
-#include "gemm.h"
-#include "parallel.h"
+#include "rows.h"
 
 namespace pixnerd::PIXNERD_ISA {
 namespace {
@@ -63,16 +62,6 @@ void for_rows(const ColumnNorm& n, Function&& function) {
     sums.clear(kLanes<T>);
     function(sums, item * n.rows);
   });
-}
-
-// Call function(a value of the type computed in, the storage of n.dtype).
-template <class Function>
-void dispatch(const ColumnNorm& n, Function&& function) {
-  if (n.dtype == DType::kFloat64) {
-    with_storage<double>(n.dtype, [&](auto storage) { function(double{}, storage); });
-  } else {
-    with_storage<float>(n.dtype, [&](auto storage) { function(float{}, storage); });
-  }
 }
 
 // One matrix: two passes over its rows. With a gradient g and u = w * inverse the result is
@@ -143,7 +132,7 @@ void run_rows(Storage storage, const ColumnNorm& n, const void* grad, void* out)
 }
 
 void run(const ColumnNorm& n, const void* grad, void* out) {
-  dispatch(n, [&](auto type, auto storage) {
+  with_types(n.dtype, [&](auto type, auto storage) {
     using T = decltype(type);
     n.columns == 1 ? run_rows<T>(storage, n, grad, out) : run_columns<T>(storage, n, grad, out);
   });

@@ -3,11 +3,17 @@
 from pixnerd_kernels.backends import use_backend
 from pixnerd_kernels.ops import (
     FieldParams,
+    attention,
     coordinate_encoding,
+    gated_residual,
+    gated_residual_rms_norm,
+    modulated_rms_norm,
     neural_field_mlp,
     neural_field_mlp_packed,
     normalize_weights,
+    qk_norm_rope,
     split_params,
+    swiglu,
 )
 
 __version__ = "0.1.0"
@@ -15,10 +21,16 @@ __version__ = "0.1.0"
 __all__ = [
     "FieldParams",
     "__version__",
+    "attention",
     "coordinate_encoding",
+    "gated_residual",
+    "gated_residual_rms_norm",
+    "modulated_rms_norm",
     "neural_field_mlp",
     "neural_field_mlp_packed",
     "normalize_weights",
+    "qk_norm_rope",
     "split_params",
+    "swiglu",
     "use_backend",
 ]

@@ -25,7 +25,17 @@ from pixnerd_kernels.checks import FLOATS
 BACKENDS = ("reference", "cpu", "triton")
 
 #: Ops with a compiled CPU kernel; every op has a reference.
-CPU_OPS = frozenset({"neural_field_mlp", "coordinate_encoding", "normalize_weights"})
+CPU_OPS = frozenset(
+    {
+        "coordinate_encoding",
+        "gated_residual",
+        "modulated_rms_norm",
+        "neural_field_mlp",
+        "normalize_weights",
+        "qk_norm_rope",
+        "swiglu",
+    }
+)
 #: Ops with a Triton kernel: none is written yet.
 TRITON_OPS: frozenset[str] = frozenset()
 

@@ -13,9 +13,17 @@ from pixnerd_kernels import backends, use_backend
 ISAS = ("portable", "avx2", "avx512")
 KERNELS = (
     "coordinate_encoding",
+    "gated_residual_backward",
+    "gated_residual_forward",
+    "modulated_rms_norm_backward",
+    "modulated_rms_norm_forward",
     "neural_field_mlp_backward",
     "neural_field_mlp_forward",
     "normalize_weights",
+    "qk_norm_rope_backward",
+    "qk_norm_rope_forward",
+    "swiglu_backward",
+    "swiglu_forward",
 )
 SKIP_NATIVE = os.environ.get("PIXNERD_SKIP_NATIVE", "").lower() not in ("", "0", "false", "no", "off")
 
@@ -120,3 +128,19 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def pytest_generate_tests(metafunc):
+    """`call`, `first` and `calls`: each, the first and all of a module's CALLS (see tests/ops/calls.py)."""
+    if "call" in metafunc.fixturenames:
+        metafunc.parametrize("call", metafunc.module.CALLS, ids=str)
+
+
+@pytest.fixture
+def calls(request):
+    return request.module.CALLS
+
+
+@pytest.fixture
+def first(calls):
+    return calls[0]

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
 from pixnerd_kernels.ops.neural_field_mlp import reference
 
 ACTIVATIONS = ("silu", "gelu", "relu")
 WEIGHTS = ("w1", "w2", "w_gate")
-
-# torch.is_autocast_enabled raises for others, and torch 2.6's compiler cannot trace is_autocast_available.
-_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class FieldParams(NamedTuple):
@@ -97,7 +95,7 @@ def neural_field_mlp(
     Source: PixNerd (arXiv 2507.23268), section 3, and its official NerfBlock; the gated form is Chroma1-Radiance's.
     """
     problems = Problems("neural_field_mlp")
-    x, w1, w2, w_gate = _autocast(x, w1, w2, w_gate)
+    x, w1, w2, w_gate = autocast(x, w1, w2, w_gate)
     others = [("w1", w1), ("w2", w2)] + ([] if w_gate is None else [("w_gate", w_gate)])
     readable = problems.tensor("x", x, 3, "[N, S, D1]")
     readable &= problems.tensor("w1", w1, 3, "[N, D1, D2]")
@@ -153,7 +151,7 @@ def neural_field_mlp_packed(
         TypeError, ValueError, NotImplementedError: as `neural_field_mlp`.
     """
     problems = Problems("neural_field_mlp_packed")
-    x, params = _autocast(x, params)
+    x, params = autocast(x, params)
     readable = problems.tensor("x", x, 3, "[N, S, D1]")
     readable &= problems.tensor("params", params, 2, "[N, parameters]")
     readable &= problems.count("hidden", hidden)
@@ -212,18 +210,6 @@ def _check_options(
     problems.number("norm_eps", norm_eps)
     problems.number("weight_eps", weight_eps)
     return [name in normalize for name in WEIGHTS]
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast to the autocast dtype where autocast is on for the first tensor's device; float64 is left alone."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or first.device.type not in _AUTOCAST_DEVICES:
-        return tensors
-    if not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    eligible = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors)
 
 
 def _split(params: Tensor, channels: int, hidden: int, gated: bool) -> FieldParams:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pixnerd_kernels.backends import native
 from pixnerd_kernels.checks import describe
+from pixnerd_kernels.ops.dtypes import compute_dtype
 from pixnerd_kernels.ops.native import DTYPES, dense_rows, strided
-from pixnerd_kernels.ops.neural_field_mlp.reference import compute_dtype
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "relu": 2}
 

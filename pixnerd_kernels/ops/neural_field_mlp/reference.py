@@ -20,13 +20,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pixnerd_kernels.ops.dtypes import compute_dtype
+
 _GELU_A = math.sqrt(2 / math.pi)
 _GELU_B = 0.044715
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the half types, the dtype itself otherwise."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def activate(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pixnerd_kernels.ops.neural_field_mlp.reference import compute_dtype
+from pixnerd_kernels.ops.dtypes import compute_dtype
 
 
 def forward(w: Tensor, dim: int, eps: float) -> Tensor:

@@ -1,0 +1,66 @@
+#include "gated_residual.h"
+
+#include "rows.h"
+
+namespace pixnerd::PIXNERD_ISA {
+namespace {
+
+template <class T, class Storage>
+void forward(Storage storage, const GatedResidual& g, Matrices x, MutableMatrices out) {
+  const int columns = static_cast<int>(g.columns);
+  for_row_chunks(g.batches, g.rows, g.threads,
+                 [&](int, std::int64_t, std::int64_t batch, std::int64_t first, std::int64_t count) {
+                   const auto* gate = row_of(storage, g.gate, batch, 0);
+                   for (std::int64_t r = first; r < first + count; ++r) {
+                     const auto *a = row_of(storage, x, batch, r), *b = row_of(storage, g.y, batch, r);
+                     auto* target = row_of(storage, out, batch, r);
+                     for (int c = 0; c < columns; c += kLanes<T>) {
+                       const Vec<T> v =
+                           load_columns<T>(storage, a, c, columns) +
+                           load_columns<T>(storage, gate, c, columns) * load_columns<T>(storage, b, c, columns);
+                       store_columns<T>(storage, target, c, columns, v);
+                     }
+                   }
+                 });
+}
+
+template <class T, class Storage>
+void backward(Storage storage, const GatedResidual& g, Matrices grad, MutableMatrices d_y, MutableMatrices d_gate) {
+  const int columns = static_cast<int>(g.columns);
+  const std::int64_t chunks = row_chunks(g.rows);
+  const Lines<T> sums(d_gate.data ? g.batches * chunks : 0, 1, g.columns);
+  for_row_chunks(g.batches, g.rows, g.threads,
+                 [&](int, std::int64_t chunk, std::int64_t batch, std::int64_t first, std::int64_t count) {
+                   const auto* gate = row_of(storage, g.gate, batch, 0);
+                   if (d_gate.data) sums.clear(chunk);
+                   for (std::int64_t r = first; r < first + count; ++r) {
+                     const auto *d = row_of(storage, grad, batch, r), *y = row_of(storage, g.y, batch, r);
+                     for (int c = 0; c < columns; c += kLanes<T>) {
+                       const Vec<T> v = load_columns<T>(storage, d, c, columns);
+                       if (d_gate.data) add_to<T>(sums(chunk, 0) + c, v * load_columns<T>(storage, y, c, columns));
+                       if (d_y.data) {
+                         store_columns<T>(storage, row_of(storage, d_y, batch, r), c, columns,
+                                          v * load_columns<T>(storage, gate, c, columns));
+                       }
+                     }
+                   }
+                 });
+  if (!d_gate.data) return;
+  parallel_for(g.columns, g.threads, [&](int, std::int64_t c) {
+    for (std::int64_t batch = 0; batch < g.batches; ++batch) {
+      Storage::put(row_of(storage, d_gate, batch, 0) + c, static_cast<T>(sums.total(batch * chunks, chunks, 0, c)));
+    }
+  });
+}
+
+}  // namespace
+
+void gated_residual_forward(const GatedResidual& g, Matrices x, MutableMatrices out) {
+  with_types(g.dtype, [&](auto type, auto storage) { forward<decltype(type)>(storage, g, x, out); });
+}
+
+void gated_residual_backward(const GatedResidual& g, Matrices grad, MutableMatrices d_y, MutableMatrices d_gate) {
+  with_types(g.dtype, [&](auto type, auto storage) { backward<decltype(type)>(storage, g, grad, d_y, d_gate); });
+}
+
+}  // namespace pixnerd::PIXNERD_ISA

@@ -1,0 +1,146 @@
+#include "modulated_rms_norm.h"
+
+#include "rows.h"
+
+namespace pixnerd::PIXNERD_ISA {
+namespace {
+
+// Lines of a worker.
+enum { kFactor, kShift, kGate, kRow, kSlope, kWorkerLines };
+// Lines of a chunk's sums over its rows: of g, of g * n, and of dz * y.
+enum { kSumG, kSumGN, kSumZY, kSums };
+
+// Vectors of a batch that all its rows use: weight * (1 + scale), shift and gate.
+template <class T, class Storage>
+void read_batch(Storage storage, const ModulatedNorm& n, std::int64_t batch, const Lines<T>& lines, int worker) {
+  const int columns = static_cast<int>(n.columns);
+  const T* weight = static_cast<const T*>(n.weight);
+  for (int c = 0; c < columns; c += kLanes<T>) {
+    Vec<T> factor = load_columns<T>(Native<T>{}, weight, c, columns), shift{}, gate{};
+    if (n.scale.data) factor *= T(1) + load_columns<T>(storage, row_of(storage, n.scale, batch, 0), c, columns);
+    if (n.shift.data) shift = load_columns<T>(storage, row_of(storage, n.shift, batch, 0), c, columns);
+    if (n.gate.data) gate = load_columns<T>(storage, row_of(storage, n.gate, batch, 0), c, columns);
+    store<T>(lines(worker, kFactor) + c, factor);
+    store<T>(lines(worker, kShift) + c, shift);
+    store<T>(lines(worker, kGate) + c, gate);
+  }
+}
+
+template <class T, bool Residual, class Storage>
+void forward(Storage storage, const ModulatedNorm& n, MutableMatrices z, MutableMatrices out) {
+  const int columns = static_cast<int>(n.columns);
+  const Lines<T> lines(workers_for(n.batches * row_chunks(n.rows), n.threads), kWorkerLines, n.columns);
+  for_row_chunks(
+      n.batches, n.rows, n.threads,
+      [&](int worker, std::int64_t, std::int64_t batch, std::int64_t first, std::int64_t count) {
+        read_batch<T>(storage, n, batch, lines, worker);
+        const T *factor = lines(worker, kFactor), *shift = lines(worker, kShift), *gate = lines(worker, kGate);
+        T* row = lines(worker, kRow);
+        for (std::int64_t r = first; r < first + count; ++r) {
+          const auto* x = row_of(storage, n.x, batch, r);
+          Vec<T> squares{};
+          for (int c = 0; c < columns; c += kLanes<T>) {
+            Vec<T> v = load_columns<T>(storage, x, c, columns);
+            if constexpr (Residual) {
+              v += load<T>(gate + c) * load_columns<T>(storage, row_of(storage, n.y, batch, r), c, columns);
+              store_columns<T>(storage, row_of(storage, z, batch, r), c, columns, v);
+            }
+            store<T>(row + c, v);
+            squares += v * v;
+          }
+          const T inverse = inverse_rms<T>(squares, columns, n.eps);
+          auto* target = row_of(storage, out, batch, r);
+          for (int c = 0; c < columns; c += kLanes<T>) {
+            const Vec<T> v = load<T>(row + c) * inverse * load<T>(factor + c) + load<T>(shift + c);
+            store_columns<T>(storage, target, c, columns, v);
+          }
+        }
+      });
+}
+
+// With n = z / rms, g the gradient of out and a = weight * (1 + scale):
+//   dz = (g a - n mean(g a n)) / rms + the incoming gradient of z;   dx = dz, dy = dz * gate
+template <class T, bool Residual, class Storage>
+void backward_rows(Storage storage, const ModulatedNorm& n, const ModulatedNormGradients& d, const Lines<T>& sums) {
+  const int columns = static_cast<int>(n.columns);
+  const Lines<T> lines(workers_for(n.batches * row_chunks(n.rows), n.threads), kWorkerLines, n.columns);
+  for_row_chunks(
+      n.batches, n.rows, n.threads,
+      [&](int worker, std::int64_t chunk, std::int64_t batch, std::int64_t first, std::int64_t count) {
+        read_batch<T>(storage, n, batch, lines, worker);
+        const T *factor = lines(worker, kFactor), *gate = lines(worker, kGate);
+        T *row = lines(worker, kRow), *slope = lines(worker, kSlope);
+        T *sum_g = sums(chunk, kSumG), *sum_gn = sums(chunk, kSumGN), *sum_zy = sums(chunk, kSumZY);
+        sums.clear(chunk);
+        for (std::int64_t r = first; r < first + count; ++r) {
+          const auto *z = row_of(storage, n.x, batch, r), *g = row_of(storage, d.out, batch, r);
+          Vec<T> squares{}, dots{};
+          for (int c = 0; c < columns; c += kLanes<T>) {
+            const Vec<T> v = load_columns<T>(storage, z, c, columns);
+            store<T>(row + c, v);
+            squares += v * v;
+          }
+          const T inverse = inverse_rms<T>(squares, columns, n.eps);
+          for (int c = 0; c < columns; c += kLanes<T>) {
+            const Vec<T> v = load<T>(row + c) * inverse, grad = load_columns<T>(storage, g, c, columns);
+            const Vec<T> dn = grad * load<T>(factor + c);
+            add_to<T>(sum_g + c, grad);
+            add_to<T>(sum_gn + c, grad * v);
+            store<T>(row + c, v);
+            store<T>(slope + c, dn);
+            dots += dn * v;
+          }
+          const T mean = sum<T>(dots) / static_cast<T>(columns);
+          for (int c = 0; c < columns; c += kLanes<T>) {
+            Vec<T> dz = (load<T>(slope + c) - load<T>(row + c) * mean) * inverse;
+            if constexpr (Residual) {
+              dz += load_columns<T>(storage, row_of(storage, d.z, batch, r), c, columns);
+              store_columns<T>(storage, row_of(storage, d.y, batch, r), c, columns, dz * load<T>(gate + c));
+              add_to<T>(sum_zy + c, dz * load_columns<T>(storage, row_of(storage, n.y, batch, r), c, columns));
+            }
+            store_columns<T>(storage, row_of(storage, d.x, batch, r), c, columns, dz);
+          }
+        }
+      });
+}
+
+template <class T, class Storage>
+void reduce(Storage storage, const ModulatedNorm& n, const ModulatedNormGradients& d, const Lines<T>& sums) {
+  const std::int64_t chunks = row_chunks(n.rows);
+  const T* weight = static_cast<const T*>(n.weight);
+  parallel_for(n.columns, n.threads, [&](int, std::int64_t c) {
+    double d_weight = 0;
+    for (std::int64_t batch = 0; batch < n.batches; ++batch) {
+      const double g_n = sums.total(batch * chunks, chunks, kSumGN, c);
+      const double scale = n.scale.data ? Storage::get(row_of(storage, n.scale, batch, 0) + c) : T(0);
+      d_weight += (1 + scale) * g_n;
+      const auto put = [&](const MutableMatrices& target, double value) {
+        if (target.data) Storage::put(row_of(storage, target, batch, 0) + c, static_cast<T>(value));
+      };
+      put(d.scale, g_n * weight[c]);
+      if (d.shift.data) put(d.shift, sums.total(batch * chunks, chunks, kSumG, c));
+      if (d.gate.data) put(d.gate, sums.total(batch * chunks, chunks, kSumZY, c));
+    }
+    if (d.weight) static_cast<T*>(d.weight)[c] = static_cast<T>(d_weight);
+  });
+}
+
+}  // namespace
+
+void modulated_rms_norm_forward(const ModulatedNorm& n, MutableMatrices z, MutableMatrices out) {
+  with_types(n.dtype, [&](auto type, auto storage) {
+    using T = decltype(type);
+    n.y.data ? forward<T, true>(storage, n, z, out) : forward<T, false>(storage, n, z, out);
+  });
+}
+
+void modulated_rms_norm_backward(const ModulatedNorm& n, const ModulatedNormGradients& d) {
+  with_types(n.dtype, [&](auto type, auto storage) {
+    using T = decltype(type);
+    const Lines<T> sums(n.batches * row_chunks(n.rows), kSums, n.columns);
+    n.y.data ? backward_rows<T, true>(storage, n, d, sums) : backward_rows<T, false>(storage, n, d, sums);
+    reduce<T>(storage, n, d, sums);
+  });
+}
+
+}  // namespace pixnerd::PIXNERD_ISA

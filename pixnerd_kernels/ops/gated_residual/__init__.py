@@ -1,0 +1,198 @@
+"""x + gate * y, alone and together with the norm that reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels import backends
+from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.ops.dtypes import autocast
+from pixnerd_kernels.ops.gated_residual import reference
+from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
+from pixnerd_kernels.ops.modulated_rms_norm import check_batch_rows, check_modulation
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y, the residual connection of a DiT block.
+
+    Args:
+        x, y: [B, L, D].
+        gate: [B, 1, D], the same for all L tokens of an image.
+
+    Returns:
+        [B, L, D] in x's dtype, contiguous. float32 and float64 compute in their own dtype, bfloat16 and float16 in
+        float32 with one rounding. B = 0 or L = 0 gives an empty result.
+
+    Gradients flow to all three; x's is the incoming one itself. Saved for backward: y and gate. Deterministic: the sum
+    over tokens is added up in a fixed order. Differentiating the gradients of y and gate raises RuntimeError. Under
+    autocast all are cast to the autocast dtype first.
+
+    Raises:
+        TypeError, ValueError: every problem with the arguments at once.
+        NotImplementedError: a forced backend (`use_backend`) cannot run; lists every reason.
+
+    Source: the official PixNerd's DiT block.
+    """
+    problems = Problems("gated_residual")
+    x, y, gate = autocast(x, y, gate)
+    _check_residual(problems, x, y, gate)
+    problems.raise_if_any()
+    out: Tensor = torch.ops.pixnerd.gated_residual(x, y, gate, backends.forced_backend())
+    return out
+
+
+def gated_residual_rms_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual` and the `modulated_rms_norm` of its result, in one pass.
+
+    Args:
+        x, y, gate: as in `gated_residual`.
+        weight, shift, scale, eps: as in `modulated_rms_norm`.
+
+    Returns:
+        (z, n), both [B, L, D] in x's dtype, contiguous: z = x + gate * y and n = modulated_rms_norm(z, ...), taken of
+        z before it is rounded.
+
+    Saved for backward: z, y, gate, weight and scale. The rest as in the two ops that this one joins.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as in the two ops.
+    """
+    problems = Problems("gated_residual_rms_norm")
+    x, y, gate, shift, scale = autocast(x, y, gate, shift, scale)
+    _check_residual(problems, x, y, gate, check_x=False)
+    check_modulation(problems, x, weight, shift, scale, eps)
+    problems.raise_if_any()
+    z, n = torch.ops.pixnerd.gated_residual_rms_norm(
+        x, y, gate, weight, shift, scale, eps, backends.forced_backend()
+    )
+    return z, n
+
+
+def _check_residual(problems: Problems, x: object, y: object, gate: object, check_x: bool = True) -> None:
+    readable = isinstance(x, Tensor) and x.dim() == 3
+    if check_x:
+        readable = problems.tensor("x", x, 3, "[B, L, D]")
+    if problems.tensor("y", y, 3, "[B, L, D]") and readable and y.shape != x.shape:  # type: ignore[attr-defined]
+        problems.add("y", f"the shape of x {list(x.shape)}", y)  # type: ignore[attr-defined]
+    check_batch_rows(problems, x if readable else None, [("gate", gate)])
+    problems.same_dtype("x", x, [("y", y), ("gate", gate)])
+    problems.same_device("x", x, [("y", y), ("gate", gate)])
+
+
+def _backend(x: Tensor, forced: str) -> Any:
+    """The module that runs both ops, forward and backward."""
+    if backends.select("gated_residual", x.device, x.dtype, forced) == "cpu":
+        from pixnerd_kernels.ops.gated_residual import cpu
+
+        return cpu
+    return reference
+
+
+def _forward(x, y, gate, forced):  # type: ignore[no-untyped-def]
+    with torch._C._DisableAutocast():
+        return _backend(x, forced).forward(x, y, gate)
+
+
+def _backward(grad, y, gate, forced):  # type: ignore[no-untyped-def]
+    with torch._C._DisableAutocast():
+        return list(_backend(y, forced).backward(grad, y, gate))
+
+
+def _norm_forward(x, *arguments):  # type: ignore[no-untyped-def]
+    *arguments, forced = arguments
+    with torch._C._DisableAutocast():
+        return _backend(x, forced).norm_forward(x, *arguments)
+
+
+def _norm_backward(grad_z, grad, z, *arguments):  # type: ignore[no-untyped-def]
+    *arguments, forced = arguments
+    with torch._C._DisableAutocast():
+        gradients = _backend(z, forced).norm_backward(grad_z, grad, z, *arguments)
+    return [z.new_empty(0) if g is None else g for g in gradients]
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _fake_norm_backward(grad_z, grad, z, y, gate, weight, shifted, scale, eps, forced):  # type: ignore[no-untyped-def]
+    row = (z.shape[0], 1, z.shape[2])
+    rows = [z.new_empty(row) if present else z.new_empty(0) for present in (shifted, scale is not None)]
+    return [_empty(z), _empty(z), z.new_empty(row), _empty(weight), *rows]
+
+
+register(
+    "gated_residual(Tensor x, Tensor y, Tensor gate, str forced) -> Tensor",
+    _forward,
+    lambda x, *rest: _empty(x),
+)
+register(
+    "gated_residual_backward(Tensor grad, Tensor y, Tensor gate, str forced) -> Tensor[]",
+    _backward,
+    lambda grad, y, gate, forced: [_empty(y), _empty(gate)],
+)
+register(
+    "gated_residual_rms_norm(Tensor x, Tensor y, Tensor gate, Tensor weight, Tensor? shift, Tensor? scale, float eps, "
+    "str forced) -> (Tensor, Tensor)",
+    _norm_forward,
+    lambda x, *rest: (_empty(x), _empty(x)),
+)
+register(
+    "gated_residual_rms_norm_backward(Tensor grad_z, Tensor grad, Tensor z, Tensor y, Tensor gate, Tensor weight, "
+    "bool shifted, Tensor? scale, float eps, str forced) -> Tensor[]",
+    _norm_backward,
+    _fake_norm_backward,
+)
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, gate, forced):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(y, gate)
+        ctx.forced = forced
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.pixnerd.gated_residual(x, y, gate, forced)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        if not any(ctx.needs_input_grad[1:3]):
+            return grad, None, None, None
+        dy, d_gate = torch.ops.pixnerd.gated_residual_backward(grad, *ctx.saved_tensors, ctx.forced)
+        return grad, dy, d_gate, None
+
+
+class _GatedResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, gate, weight, shift, scale, eps, forced):  # type: ignore[no-untyped-def]
+        with torch._C._AutoDispatchBelowAutograd():
+            z, n = torch.ops.pixnerd.gated_residual_rms_norm(x, y, gate, weight, shift, scale, eps, forced)
+        ctx.save_for_backward(z, y, gate, weight, scale)
+        ctx.options = (shift is not None, eps, forced)
+        return z, n
+
+    @staticmethod
+    def backward(ctx, grad_z, grad):  # type: ignore[no-untyped-def]
+        z, y, gate, weight, scale = ctx.saved_tensors
+        shifted, eps, forced = ctx.options
+        gradients = torch.ops.pixnerd.gated_residual_rms_norm_backward(
+            grad_z, grad, z, y, gate, weight, shifted, scale, eps, forced
+        )
+        needs = ctx.needs_input_grad
+        return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None
+
+
+register_autograd("gated_residual", _GatedResidual.apply)
+register_autograd("gated_residual_rms_norm", _GatedResidualNorm.apply)
+refuse_gradients("gated_residual_backward")
+refuse_gradients("gated_residual_rms_norm_backward")

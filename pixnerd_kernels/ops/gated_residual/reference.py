@@ -1,0 +1,68 @@
+"""The gated residual, alone and with the norm behind it, in plain PyTorch.
+
+    z = x + gate * y
+    n = modulated_rms_norm(z, weight, shift, scale, eps)
+
+x and y [B, L, D], gate [B, 1, D]. With g the gradient of z: dx = g, dy = g * gate, d_gate = sum_l g * y. float32 and
+float64 compute in their own dtype, bfloat16 and float16 in float32 with one rounding at the end. Source: the official
+PixNerd's DiT block.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pixnerd_kernels.ops.dtypes import compute_dtype
+from pixnerd_kernels.ops.modulated_rms_norm import reference as norm
+
+
+def _sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """z in the dtype computed in."""
+    wide = compute_dtype(x.dtype)
+    return x.to(wide) + gate.to(wide) * y.to(wide)
+
+
+def forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """z in x's dtype, contiguous."""
+    return _sum(x, y, gate).to(x.dtype).contiguous()
+
+
+def backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y and gate, contiguous."""
+    wide = compute_dtype(y.dtype)
+    g = grad.to(wide)
+    d_gate = (g * y.to(wide)).sum(1, keepdim=True)
+    return (g * gate.to(wide)).to(y.dtype).contiguous(), d_gate.to(y.dtype)
+
+
+def norm_forward(
+    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """z and n in x's dtype, contiguous; n is taken of z before it is rounded."""
+    z = _sum(x, y, gate)
+    shift, scale = (None if row is None else row.to(z.dtype) for row in (shift, scale))
+    n = norm.forward(z, weight, shift, scale, eps)
+    return z.to(x.dtype).contiguous(), n.to(x.dtype)
+
+
+def norm_backward(
+    grad_z: Tensor,
+    grad: Tensor,
+    z: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shifted: bool,
+    scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, y, gate, weight, shift and scale (None where absent), contiguous."""
+    wide = compute_dtype(z.dtype)
+    dz, d_weight, d_shift, d_scale = norm.backward(
+        grad.to(wide), z.to(wide), weight, shifted, None if scale is None else scale.to(wide), eps
+    )
+    dz = dz + grad_z.to(wide)
+    d_gate = (dz * y.to(wide)).sum(1, keepdim=True).to(z.dtype)
+    dy = (dz * gate.to(wide)).to(z.dtype)
+    rows = [None if row is None else row.to(z.dtype) for row in (d_shift, d_scale)]
+    return dz.to(z.dtype).contiguous(), dy.contiguous(), d_gate, d_weight, *rows

@@ -1,0 +1,152 @@
+"""The product inside a SwiGLU feed-forward layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels import backends
+from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.ops.dtypes import autocast
+from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
+from pixnerd_kernels.ops.swiglu import reference
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, with silu(z) = z / (1 + exp(-z)).
+
+    Args:
+        gate: [..., F]; without `up` [..., 2 F], which holds gate and up side by side as one matrix makes them. It is
+            read in place, and its gradient is written packed.
+        up: gate's shape and dtype.
+
+    Returns:
+        [..., F] in gate's dtype, contiguous. float32 and float64 compute in their own dtype, bfloat16 and float16 in
+        float32 with one rounding.
+
+    Gradients flow to both. Saved for backward: the inputs. Differentiating twice raises RuntimeError. Under autocast
+    the inputs are cast to the autocast dtype first.
+
+    Raises:
+        TypeError, ValueError: every problem with the arguments at once.
+        NotImplementedError: a forced backend (`use_backend`) cannot run; lists every reason.
+
+    Source: the official PixNerd's feed-forward layer (arXiv 2002.05202).
+    """
+    problems = Problems("swiglu")
+    gate, up = autocast(gate, up)
+    rank = max(gate.dim(), 1) if isinstance(gate, Tensor) else 1
+    readable = problems.tensor("gate", gate, rank, "[..., F]")
+    if up is None:
+        if readable and gate.shape[-1] % 2:
+            problems.add("gate", "[..., 2 F], an even number of channels, where up is None", gate)
+    elif problems.tensor("up", up, rank, "[..., F]") and readable and up.shape != gate.shape:
+        problems.add("up", f"the shape of gate {list(gate.shape)}", up)
+    problems.same_dtype("gate", gate, [("up", up)])
+    problems.same_device("gate", gate, [("up", up)])
+    problems.raise_if_any()
+    forced = backends.forced_backend()
+    *lead, width = gate.shape
+    if up is None:
+        out: Tensor = torch.ops.pixnerd.swiglu_packed(_flat(gate), forced)
+        return out.view(*lead, width // 2)
+    out = torch.ops.pixnerd.swiglu(_flat(gate), _flat(up), forced)
+    return out.view(*lead, width)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    rows = 1
+    for size in tensor.shape[:-1]:
+        rows *= size
+    return tensor.reshape(rows, tensor.shape[-1])
+
+
+def _backend(gate: Tensor, forced: str) -> Any:
+    """The module whose forward and backward run the op."""
+    if backends.select("swiglu", gate.device, gate.dtype, forced) == "cpu":
+        from pixnerd_kernels.ops.swiglu import cpu
+
+        return cpu
+    return reference
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    half = x.shape[1] // 2
+    return x[:, :half], x[:, half:]
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _forward(gate: Tensor, up: Tensor, forced: str) -> Tensor:
+    out: Tensor = _backend(gate, forced).forward(gate, up)
+    return out
+
+
+def _backward(grad: Tensor, gate: Tensor, up: Tensor, forced: str) -> list[Tensor]:
+    d_gate, d_up = _empty(gate), _empty(up)
+    _backend(gate, forced).backward(grad, gate, up, d_gate, d_up)
+    return [d_gate, d_up]
+
+
+def _packed_forward(x: Tensor, forced: str) -> Tensor:
+    return _forward(*_halves(x), forced)
+
+
+def _packed_backward(grad: Tensor, x: Tensor, forced: str) -> Tensor:
+    dx = _empty(x)
+    _backend(x, forced).backward(grad, *_halves(x), *_halves(dx))
+    return dx
+
+
+register("swiglu(Tensor gate, Tensor up, str forced) -> Tensor", _forward, lambda gate, *rest: _empty(gate))
+register(
+    "swiglu_backward(Tensor grad, Tensor gate, Tensor up, str forced) -> Tensor[]",
+    _backward,
+    lambda grad, gate, up, forced: [_empty(gate), _empty(up)],
+)
+register(
+    "swiglu_packed(Tensor x, str forced) -> Tensor",
+    _packed_forward,
+    lambda x, forced: x.new_empty(x.shape[0], x.shape[1] // 2),
+)
+register(
+    "swiglu_packed_backward(Tensor grad, Tensor x, str forced) -> Tensor",
+    _packed_backward,
+    lambda grad, x, forced: _empty(x),
+)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, forced):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(gate, up)
+        ctx.forced = forced
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.pixnerd.swiglu(gate, up, forced)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return *torch.ops.pixnerd.swiglu_backward(grad, *ctx.saved_tensors, ctx.forced), None
+
+
+class _SwigluPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, forced):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        ctx.forced = forced
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.pixnerd.swiglu_packed(x, forced)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return torch.ops.pixnerd.swiglu_packed_backward(grad, *ctx.saved_tensors, ctx.forced), None
+
+
+register_autograd("swiglu", _Swiglu.apply)
+register_autograd("swiglu_packed", _SwigluPacked.apply)
+refuse_gradients("swiglu_backward")
+refuse_gradients("swiglu_packed_backward")

@@ -1,0 +1,29 @@
+"""SwiGLU's product in plain PyTorch: silu(gate) * up, and its gradients in closed form.
+
+    silu(z) = z s,  silu'(z) = s (1 + z (1 - s)),  s = 1 / (1 + exp(-z))
+
+gate and up [rows, F]. float32 and float64 compute in their own dtype, bfloat16 and float16 in float32 with one
+rounding at the end. Source: the official PixNerd's feed-forward layer (GLU Variants Improve Transformer, arXiv
+2002.05202).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels.ops.dtypes import compute_dtype
+
+
+def forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in gate's dtype, contiguous."""
+    wide = gate.to(compute_dtype(gate.dtype))
+    return (wide * torch.sigmoid(wide) * up.to(wide.dtype)).to(gate.dtype).contiguous()
+
+
+def backward(grad: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+    """Write the gradients of gate and up."""
+    wide = gate.to(compute_dtype(gate.dtype))
+    g, s = grad.to(wide.dtype), torch.sigmoid(wide)
+    d_gate.copy_(g * up.to(wide.dtype) * s * (1 + wide * (1 - s)))
+    d_up.copy_(g * wide * s)

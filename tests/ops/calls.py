@@ -1,0 +1,246 @@
+"""What the tests of the transformer's ops share: a call, its plain formula, and what has to hold for every one."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_within
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pixnerd_kernels import use_backend
+
+Tensors = dict[str, Tensor]
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an op: the shapes of its tensors, the op, and the same formula in plain PyTorch.
+
+    Both take the tensors by name and return one tensor or several. `weights` are drawn around 1 and keep float32 at
+    half dtypes where `wide_weights`; `constants` get no gradient.
+    """
+
+    name: str
+    op: Callable[..., Any]
+    plain: Callable[..., Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    weights: tuple[str, ...] = ()
+    wide_weights: bool = False
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:
+        draw = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name, shape in self.shapes.items():
+            values = torch.randn(shape, generator=draw, dtype=torch.float64)
+            half = dtype in (torch.bfloat16, torch.float16)
+            own = torch.float32 if name in self.weights and self.wide_weights and half else dtype
+            tensors[name] = (1 + values / 4 if name in self.weights else values).to(own)
+        return tensors
+
+    def outputs(self, function: Callable[..., Any], tensors: Tensors) -> Tensors:
+        """The results by name, "out0" and so on."""
+        out = function(**tensors, **self.constants)
+        return {f"out{i}": t for i, t in enumerate(out if isinstance(out, (tuple, list)) else (out,))}
+
+    def upstream(self, dtype: torch.dtype = torch.float32) -> Tensors:
+        """The incoming gradients of all outputs."""
+        shapes = {name: out.shape for name, out in self.outputs(self.plain, self.inputs()).items()}
+        draw = torch.Generator().manual_seed(1)
+        return {
+            name: torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+            for name, shape in shapes.items()
+        }
+
+    def results(
+        self, function: Callable[..., Any], tensors: Mapping[str, Tensor], upstream: Tensors
+    ) -> Tensors:
+        """Outputs and the gradient of every tensor, each a leaf that keeps its strides."""
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        out = self.outputs(function, leaves)
+        gradients = torch.autograd.grad(tuple(out.values()), tuple(leaves.values()), tuple(upstream.values()))
+        return {name: t.detach() for name, t in out.items()} | dict(zip(leaves, gradients, strict=True))
+
+    def expected(self, tensors: Tensors, upstream: Tensors) -> tuple[Tensors, Tensors]:
+        """The plain formula at the tensors' dtype, and in float64 (at float64 both are the same)."""
+        wide = {name: t.double() for name, t in tensors.items()}
+        wide_upstream = {name: t.double() for name, t in upstream.items()}
+        return self.results(self.plain, tensors, upstream), self.results(self.plain, wide, wide_upstream)
+
+
+@functools.lru_cache(maxsize=256)
+def expected(call: Call, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+    """`Call.expected` of the call's own inputs, computed once for all backends."""
+    return call.expected(call.inputs(dtype), call.upstream(dtype))
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values in memory where no dimension is dense but the last, amid NaN."""
+    if tensor.dim() < 2:
+        return tensor
+    room = torch.full([size + 1 for size in tensor.shape], torch.nan, dtype=tensor.dtype)
+    view = room[tuple(slice(0, size) for size in tensor.shape)]
+    view.copy_(tensor)
+    return view
+
+
+def sparse(tensor: Tensor) -> Tensor:
+    """The same values with every second element of memory in between."""
+    return tensor.repeat_interleave(2, -1)[..., ::2]
+
+
+SENTINEL = 12345.0
+
+
+class _Recorder(TorchDispatchMode):
+    """The pixnerd ops that run, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "pixnerd":
+            self.seen.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+class Matrix:
+    """What holds for every op: a test module derives a class from this, and lists its calls in CALLS.
+
+    `call` takes each of them; `first` is the module's first one.
+    """
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_values_and_gradients(self, backend, call, dtype):
+        out = call.results(call.op, call.inputs(dtype), call.upstream(dtype))
+        assert_within(out, *expected(call, dtype))
+        assert all(tensor.is_contiguous() for tensor in out.values())
+
+    @pytest.mark.parametrize("layout", [spread, sparse], ids=lambda layout: layout.__name__)
+    def test_strided(self, backend, call, layout):
+        tensors = {name: layout(tensor) for name, tensor in call.inputs().items()}
+        upstream = {name: layout(tensor) for name, tensor in call.upstream().items()}
+        assert_within(call.results(call.op, tensors, upstream), *expected(call, torch.float32))
+
+    def test_gradcheck(self, any_isa, call, threads):
+        threads(1)  # hundreds of tiny calls
+        leaves = {name: tensor.requires_grad_() for name, tensor in call.inputs(torch.float64).items()}
+
+        def function(*tensors):
+            return tuple(call.outputs(call.op, dict(zip(leaves, tensors, strict=True))).values())
+
+        assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
+
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_opcheck(self, any_isa, calls, index):
+        call = calls[index]
+        leaves = {name: tensor.requires_grad_() for name, tensor in call.inputs().items()}
+        with _Recorder() as recorder:
+            call.results(call.op, leaves, call.upstream())
+        assert [op.name().endswith("_backward") for op, _ in recorder.seen] == [False, True]
+        for op, args in recorder.seen:
+            backward = op.name().endswith("_backward")
+            fresh = [
+                a.detach().requires_grad_(not backward and a.requires_grad) if isinstance(a, Tensor) else a
+                for a in args
+            ]
+            torch.library.opcheck(op, fresh)
+
+    def test_only_the_results_are_written(self, backend, call, monkeypatch):
+        """Results lie between sentinels and are filled with NaN beforehand; the inputs stay as they were."""
+        tensors, upstream = call.inputs(), call.upstream()
+        before = {name: tensor.clone() for name, tensor in (tensors | upstream).items()}
+        plain = call.results(call.op, tensors, upstream)
+        rooms = []
+
+        def room(like, shape, dtype):
+            count = math.prod(shape)
+            rooms.append(torch.full((count + 64,), SENTINEL, dtype=dtype or like.dtype))
+            rooms[-1][32 : count + 32] = torch.nan
+            return rooms[-1][32 : count + 32].view(shape)
+
+        def empty_like(like, dtype=None, **_):
+            return room(like, tuple(like.shape), dtype)
+
+        def new_empty(like, *shape):
+            return room(like, tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape, None)
+
+        monkeypatch.setattr(torch, "empty_like", empty_like)
+        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+        out = call.results(call.op, tensors, upstream)
+        monkeypatch.undo()
+        assert rooms or not backend.compiled
+        for name, tensor in out.items():
+            assert torch.equal(tensor, plain[name]), name
+        for each in rooms:
+            assert (each[:32] == SENTINEL).all()
+            assert (each[-32:] == SENTINEL).all()
+        for name, tensor in (tensors | upstream).items():
+            assert torch.equal(tensor, before[name]), name
+
+    def test_the_same_bits_on_any_number_of_threads(self, compiled, call, threads):
+        threads(1)
+        first = call.results(call.op, call.inputs(), call.upstream())
+        for count in (2, 3):
+            threads(count)
+            out = call.results(call.op, call.inputs(), call.upstream())
+            assert all(torch.equal(out[name], first[name]) for name in first)
+
+    def test_nan_in_gives_nan_out(self, backend, first):
+        for name in first.shapes:
+            tensors = first.inputs()
+            tensors[name].view(-1)[0] = torch.nan
+            assert any(out.isnan().any() for out in first.outputs(first.op, tensors).values()), name
+
+    def test_differentiating_twice_raises(self, any_isa, first):
+        leaves = {name: tensor.requires_grad_() for name, tensor in first.inputs().items()}
+        out = first.outputs(first.op, leaves)
+        total = sum(tensor.square().sum() for tensor in out.values())
+        gradients = torch.autograd.grad(total, tuple(leaves.values()), create_graph=True)
+        for gradient in gradients[-1:]:
+            with pytest.raises(RuntimeError, match="can be differentiated once only"):
+                gradient.square().sum().backward()
+
+    def test_autocast(self, any_isa, first):
+        """Inputs are cast first, weights are not, and gradients come back in the inputs' own dtypes."""
+        tensors, upstream = first.inputs(), first.upstream(torch.bfloat16)
+        half = {name: t if name in first.weights else t.bfloat16() for name, t in tensors.items()}
+        by_hand = first.results(first.op, half, upstream)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = first.results(first.op, tensors, upstream)
+        for name, tensor in out.items():
+            assert tensor.dtype == (tensors[name].dtype if name in tensors else torch.bfloat16)
+            assert torch.equal(tensor, by_hand[name].to(tensor.dtype)), name
+
+    def test_backward_takes_the_backend_of_its_forward(self, core_calls, first):
+        for name in ("cpu", "reference"):
+            core_calls.clear()
+            leaves = {name: tensor.requires_grad_() for name, tensor in first.inputs().items()}
+            with use_backend(name):
+                out = first.outputs(first.op, leaves)
+            with use_backend("reference" if name == "cpu" else "cpu"):
+                torch.autograd.backward(tuple(out.values()), tuple(first.upstream().values()))
+            assert core_calls.total() == (2 if name == "cpu" else 0)
+
+    def test_compile(self, core_calls, calls):
+        """One graph without breaks, for shape after shape."""
+        torch.compiler.reset()
+        compiled = {}
+        for call in calls[:3]:
+            if call.op not in compiled:
+                compiled[call.op] = torch.compile(call.op, fullgraph=True, backend="aot_eager")
+            out = call.results(compiled[call.op], call.inputs(), call.upstream())
+            eager = call.results(call.op, call.inputs(), call.upstream())
+            assert all(torch.equal(out[name], eager[name]) for name in eager)
+        assert core_calls.total() == 4 * len(calls[:3])
+        torch.compiler.reset()
