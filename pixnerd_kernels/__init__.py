@@ -15,6 +15,7 @@ from pixnerd_kernels.ops import (
     split_params,
     swiglu,
 )
+from pixnerd_kernels.patching import patch
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "neural_field_mlp",
     "neural_field_mlp_packed",
     "normalize_weights",
+    "patch",
     "qk_norm_rope",
     "split_params",
     "swiglu",

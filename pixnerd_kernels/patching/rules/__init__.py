@@ -1,0 +1,9 @@
+"""The rules, one file each: a structure to recognise, the forms it may have, and what runs in place of them."""
+
+from pixnerd_kernels.patching.rules.base import Left, Rule
+from pixnerd_kernels.patching.rules.neural_field import NeuralFieldRule
+
+#: In the order in which a module is tried; the first rule that knows it decides.
+RULES: tuple[Rule, ...] = (NeuralFieldRule(),)
+
+__all__ = ["RULES", "Left", "Rule"]
