@@ -1,0 +1,1 @@
+"""The models that PixNerd is compared with, at their published sizes and with random weights."""
