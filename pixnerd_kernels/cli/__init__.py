@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pixnerd_kernels.cli.arguments import Parser, UsageError
 
 #: Modules of this package, in the order of the help text.
-COMMANDS = ("info", "verify", "fit", "train", "sample")
+COMMANDS = ("info", "verify", "fit", "train", "sample", "patch")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -48,7 +48,7 @@ def patch(
     chosen: list[tuple[str, nn.Module, Replacement]] = []
     for module, paths in names.items():
         for rule in rules:
-            match = rule.match(module)
+            match = _match(rule, module)
             if match is None:
                 continue
             verdict = _verdict(module, match, verify, module in sharded)
@@ -67,7 +67,7 @@ def _rules(model: object, ops: object, verify: object, dry_run: object) -> list[
     problems = Problems("patch")
     if not isinstance(model, nn.Module):
         problems.add_type("model", "a torch.nn.Module", model)
-    known = [rule.op for rule in RULES]
+    known = list(dict.fromkeys(rule.op for rule in RULES))
     wanted = known if ops == "all" else [ops] if isinstance(ops, str) else ops
     if not isinstance(wanted, Sequence):
         problems.add_type("ops", '"all" or a sequence of names', ops)
@@ -79,6 +79,14 @@ def _rules(model: object, ops: object, verify: object, dry_run: object) -> list[
             problems.add_type(argument, "True or False", value)
     problems.raise_if_any()
     return [rule for rule in RULES if rule.op in wanted]
+
+
+def _match(rule: Rule, module: nn.Module) -> Candidate | Left | None:
+    """A foreign module may raise at the mere look at an attribute: that leaves it, and the others go on."""
+    try:
+        return rule.match(module)
+    except Exception as error:
+        return Left(f"looking at it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
 def _verdict(module: nn.Module, match: Candidate | Left, check: bool, sharded: bool) -> Verdict:

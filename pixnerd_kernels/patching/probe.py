@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from pixnerd_kernels.checks import FLOATS
 from pixnerd_kernels.patching.swap import Replacement
 
-#: Formulas take tensors by name and give the output, or several results by name, the output as "output".
+#: A call's arguments by name, in order.
+Inputs = dict[str, Tensor | None]
+#: Formulas take tensors and give the output, or the output as "output" and the opaque children's inputs ("attn<").
 Formula = Callable[..., Tensor | dict[str, Tensor]]
 
 
@@ -32,7 +35,7 @@ class Form:
         function: what it computes, in words; forms of the same function differ only in how we run it.
         formula: the function in plain PyTorch at any floating dtype.
         tensors: what the formula takes: names of the call's arguments ("x"), of parameters ("norm.weight"), and of
-            children whose result is meant ("generator()") or whose first input ("attn<").
+            children whose result is meant ("generator()").
         replacement: None for functions that we know and do not replace.
         constants: the tensors whose gradient is not compared.
         published: a published model computes it; without a probe, other forms are not considered.
@@ -53,14 +56,16 @@ class Candidate:
     Attributes:
         forms: in order of preference; the first agreeing one of a function is taken.
         inputs: makes the call's arguments by name, for a generator (CPU), in float32.
-        children: names of the children whose inputs and results the formulas use.
+        children: names of the children whose results the formulas use.
         dtype_from: the parameter whose dtype the probe takes.
+        opaque: the children whose results are taken as given, and whose inputs are compared as results.
     """
 
     forms: tuple[Form, ...]
-    inputs: Callable[[torch.Generator], dict[str, Tensor]]
+    inputs: Callable[[torch.Generator], Inputs]
     children: tuple[str, ...]
     dtype_from: str
+    opaque: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,25 @@ def _undisturbed(device: torch.device, gradients: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watch(module: nn.Module, children: Sequence[str], seen: Results) -> Iterator[None]:
-    """Collect the children's first inputs ("name<") and results ("name()") while the module runs."""
+def _watch(module: nn.Module, candidate: Candidate, seen: Results, given: Results) -> Iterator[None]:
+    """Collect the children's results ("name()") while the module runs, and for opaque ones the inputs ("name<").
+
+    The graph is cut behind an opaque child, so that gradients are those of what stands around it; what it gave
+    before (`given`) it gives again.
+    """
 
     def record(name: str) -> Callable:
-        def hook(child: nn.Module, args: tuple, result: object) -> None:
-            for key, value in ((f"{name}<", args[0] if args else None), (f"{name}()", result)):
-                if isinstance(value, Tensor):
-                    seen[key] = value
+        def hook(child: nn.Module, args: tuple, result: Any) -> Any:
+            if name in candidate.opaque:
+                seen[f"{name}<"] = args[0]
+                result = given.get(f"{name}()", result).detach().requires_grad_(torch.is_grad_enabled())
+            seen[f"{name}()"] = result
+            return result
 
         return hook
 
-    handles = [module.get_submodule(name).register_forward_hook(record(name)) for name in children]
+    names = (*candidate.children, *candidate.opaque)
+    handles = [module.get_submodule(name).register_forward_hook(record(name)) for name in names]
     try:
         yield
     finally:
@@ -142,22 +154,25 @@ class _Run:
         leaves = {name: self.tensors[name] for name in form.tensors if name not in form.constants}
         return {**self.results, **_gradients(self.results, leaves, upstream)}
 
-    def reached(self, inputs: Results) -> set[str]:
+    def reached(self, inputs: Inputs) -> set[str]:
         """The inputs that gradients flow back to."""
-        wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+        wanted = {
+            name: tensor for name, tensor in inputs.items() if tensor is not None and tensor.requires_grad
+        }
         total = torch.stack([r.double().sum() for r in self.results.values()]).sum()
         gradients = torch.autograd.grad(total, list(wanted.values()), retain_graph=True, allow_unused=True)
         return {name for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None}
 
 
 def _call(
-    module: nn.Module, candidate: Candidate, inputs: Results, extra: Sequence[str], call: Callable
+    module: nn.Module, candidate: Candidate, inputs: Inputs, call: Callable, given: Results | None = None
 ) -> _Run:
     seen: Results = {}
-    with _watch(module, candidate.children, seen):
+    with _watch(module, candidate, seen, given or {}):
         out = call(module, *inputs.values())
-    results = {"output": out, **{name: seen[name] for name in extra if name in seen}}
-    return _Run(results, {**dict(module.named_parameters()), **inputs, **seen})
+    tensors = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    results = {"output": out, **{name: tensor for name, tensor in seen.items() if name.endswith("<")}}
+    return _Run(results, {**dict(module.named_parameters()), **tensors, **seen})
 
 
 def _formula(
@@ -165,12 +180,19 @@ def _formula(
 ) -> Results:
     """The formula and its gradients at a dtype, on the same values."""
     leaves = {
-        name: tensors[name].detach().to(dtype).requires_grad_(f"gradient of {name}" in grad_of)
+        name: _cast(tensors[name].detach(), dtype).requires_grad_(f"gradient of {name}" in grad_of)
         for name in form.tensors
     }
     results = form.formula(*leaves.values())
     results = results if isinstance(results, dict) else {"output": results}
     return {**results, **_gradients(results, leaves, upstream)} if grad_of else results
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """To a floating dtype, or its complex counterpart (of float32 for the half types)."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _norm(tensor: Tensor) -> float:
@@ -217,12 +239,12 @@ def verify(module: nn.Module, candidate: Candidate, method: str = "forward") -> 
     gradients = not any(p.is_inference() for p in module.parameters())
     generator = torch.Generator().manual_seed(20251)
     with _undisturbed(device, gradients):
-        inputs = {
-            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        inputs: Inputs = {
+            name: None if tensor is None else _cast(tensor.to(device), dtype)
             for name, tensor in candidate.inputs(generator).items()
         }
         for tensor in inputs.values():
-            if tensor.is_floating_point():
+            if tensor is not None and tensor.is_floating_point():
                 tensor.requires_grad_(gradients)
         try:
             return _judge(module, candidate, inputs, generator, method)
@@ -232,10 +254,9 @@ def verify(module: nn.Module, candidate: Candidate, method: str = "forward") -> 
 
 
 def _judge(
-    module: nn.Module, candidate: Candidate, inputs: Results, generator: torch.Generator, method: str
+    module: nn.Module, candidate: Candidate, inputs: Inputs, generator: torch.Generator, method: str
 ) -> Verdict:
-    extra = [name for name in candidate.forms[0].tensors if name.endswith("<")]
-    original = _call(module, candidate, inputs, extra, getattr(type(module), method))
+    original = _call(module, candidate, inputs, getattr(type(module), method))
     out = original.results["output"]
     if not isinstance(out, Tensor):
         return Verdict(None, f"it returns {type(out).__name__}, expected a tensor")
@@ -271,8 +292,8 @@ def _judge(
         return Verdict(None, f"the probe cannot tell {names} apart: zero-initialised or degenerate weights")
     form, own, exact = next(iter(agreed.values()))
     if form.replacement is None:
-        return Verdict(None, f"it is a block with {form.function}, which is not replaced")
-    replaced = _call(module, candidate, inputs, extra, form.replacement.run)
+        return Verdict(None, f"it has {form.function}, which is not replaced")
+    replaced = _call(module, candidate, inputs, form.replacement.run, original.tensors)
     ours = replaced.with_gradients(form, upstream)
     fraction, where = _worst(ours, own, exact)
     if torch.is_grad_enabled() and (stopped := replaced.reached(inputs) ^ original.reached(inputs)):

@@ -42,8 +42,11 @@ _classes: dict[tuple[type, Replacement], type] = {}
 
 
 def arguments(method: Callable) -> list[inspect.Parameter]:
-    """A method's parameters without `self`."""
-    return list(inspect.signature(method).parameters.values())[1:]
+    """A method's parameters without `self`; none where it is not a Python function."""
+    try:
+        return list(inspect.signature(method).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return []
 
 
 def patched_class(original: type, replacement: Replacement) -> type:

@@ -134,7 +134,10 @@ class RAttention(nn.Module):
         self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, pos=None, mask=None):
+    def forward(self, x, pos, mask):
+        return self.attend(x, pos, mask)
+
+    def attend(self, x, pos=None, mask=None):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if pos is not None:
@@ -142,6 +145,11 @@ class RAttention(nn.Module):
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(x))
+
+
+class TextRefineAttention(RAttention):
+    def forward(self, x):
+        return self.attend(x)
 
 
 class TextAttention(nn.Module):
@@ -217,7 +225,7 @@ class TextDiTBlock(FlattenDiTBlock):
 
 class TextRefineBlock(FlattenDiTBlock):
     def __init__(self, hidden_size, groups):
-        super().__init__(hidden_size, groups, RAttention, PackedFeedForward)
+        super().__init__(hidden_size, groups, TextRefineAttention, PackedFeedForward)
 
     def forward(self, x, c):
         return self.blocks(x, c)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pixnerd_kernels.patching.probe import Candidate
 from pixnerd_kernels.patching.swap import arguments
@@ -57,6 +58,13 @@ def is_linear(module: nn.Module) -> bool:
     )
 
 
+def generating_layer(module: nn.Module) -> nn.Module | None:
+    """A linear layer, or a sequence of one."""
+    if isinstance(module, nn.Sequential) and len(module) == 1:
+        module = module[0]
+    return module if is_linear(module) else None
+
+
 def norm_weight(module: nn.Module) -> str | None:
     """The name of a norm's only tensor, one weight per channel ("weight" or "scale"); None for anything else."""
     tensors = own_tensors(module)
@@ -65,9 +73,43 @@ def norm_weight(module: nn.Module) -> str | None:
     return tensors[0]
 
 
+def observed(norm: nn.Module) -> bool:
+    """Whether calling the norm does more than its formula: hooks, or ComfyUI's functions on the weight."""
+    return bool(
+        norm._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._backward_hooks
+        or norm._backward_pre_hooks
+        or getattr(norm, "weight_function", None)
+    )
+
+
+def inert(module: nn.Module) -> bool:
+    """Children that cannot make a module random or give it weights; what they compute, the probe shows."""
+    dropout = isinstance(module, nn.Dropout) and module.p > 0
+    return not dropout and not list(module.parameters()) and not list(module.buffers())
+
+
+def plain_dtype(x: Tensor, weight: Tensor) -> bool:
+    """Whether x is computed on in its own dtype: the weight's, outside autocast."""
+    kind = x.device.type
+    cast = kind in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(kind)
+    return x.dtype == weight.dtype and x.device == weight.device and not cast
+
+
 def norm_eps(module: nn.Module) -> float:
     """The eps that a norm says it has; 1e-6 where it is written into the code. The probe tells whether it is true."""
     for name in ("variance_epsilon", "eps", "epsilon"):
         if isinstance(value := getattr(module, name, None), float):
             return value
     return 1e-6
+
+
+#: Sizes of the probe's rows: among them small ones, for which a norm's eps matters.
+_ROW_SCALES = (1.0, 1.0, 0.5, 1e-3, 2.0, 1.0)
+
+
+def rows(batch: int, channels: int, generator: torch.Generator) -> Tensor:
+    """Random [batch, 6, channels]."""
+    x = torch.randn(batch, len(_ROW_SCALES), channels, generator=generator)
+    return x * torch.tensor(_ROW_SCALES)[:, None]

@@ -17,20 +17,21 @@ from torch import Tensor, nn
 
 from pixnerd_kernels.checks import FLOATS
 from pixnerd_kernels.ops import neural_field_mlp_packed
-from pixnerd_kernels.patching.probe import Candidate, Form
+from pixnerd_kernels.patching.probe import Candidate, Form, Inputs
 from pixnerd_kernels.patching.rules.base import (
     Left,
-    is_linear,
+    generating_layer,
+    inert,
     norm_eps,
     norm_weight,
+    observed,
     own_tensors,
     positional,
+    rows,
 )
 from pixnerd_kernels.patching.swap import Replacement
 
-_PROBE_PATCHES, _PROBE_PIXELS = 3, 5
-#: Sizes of the probe's pixels: among them small ones, for which a norm's eps matters.
-_PIXEL_SCALES = (1.0, 1.0, 0.5, 1e-3, 2.0)
+_PROBE_PATCHES = 3
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FieldBlock(Replacement):
         params = getattr(module, self.generator)(s)
         norm = getattr(module, self.norm)
         options = {"hidden": self.hidden, "gated": self.gated, "normalize": self.normalize}
-        if not self.fused_norm or _is_observed(norm):
+        if not self.fused_norm or observed(norm):
             n = norm(x).to(params.dtype)
             return x + neural_field_mlp_packed(n, params, residual=False, **options)  # type: ignore[arg-type]
         weight = getattr(norm, self.weight)
@@ -63,17 +64,6 @@ class FieldBlock(Replacement):
             return neural_field_mlp_packed(x, params, **options)  # type: ignore[arg-type]
         # Autocast: the generating layer gives half precision, the residual keeps x's.
         return x + neural_field_mlp_packed(x.to(params.dtype), params, residual=False, **options)  # type: ignore[arg-type]
-
-
-def _is_observed(norm: nn.Module) -> bool:
-    """Whether calling the norm does more than its formula: hooks, or ComfyUI's functions on the weight."""
-    return bool(
-        norm._forward_hooks
-        or norm._forward_pre_hooks
-        or norm._backward_hooks
-        or norm._backward_pre_hooks
-        or getattr(norm, "weight_function", None)
-    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class NeuralFieldRule:
 
     def match(self, module: nn.Module) -> Candidate | Left | None:
         children = dict(module.named_children())
-        generators = {name: layer for name, child in children.items() if (layer := _generating_layer(child))}
+        generators = {name: layer for name, child in children.items() if (layer := generating_layer(child))}
         named = any(name.startswith("param_generator") for name in children)
         norms = [name for name, child in children.items() if name not in generators and _is_norm(child)]
         if not named and (len(generators) != 1 or len(norms) != 1):
@@ -122,9 +112,7 @@ class NeuralFieldRule:
             return Left(f"{len(norms)} norms, expected one")
         (generator, layer), norm = *generators.items(), norms[0]
         strangers = own_tensors(module)
-        strangers += [
-            n for n, child in children.items() if n not in (generator, norm) and not _is_inert(child)
-        ]
+        strangers += [n for n, child in children.items() if n not in (generator, norm) and not inert(child)]
         channels = next(iter(children[norm].parameters())).shape[0]
         sizes = list(_sizes(module, int(layer.out_features), channels))  # type: ignore[arg-type]
         if not sizes:
@@ -137,31 +125,18 @@ class NeuralFieldRule:
             return Left("its forward takes other arguments than pixels and hidden states")
         inner = generator if layer is children[generator] else f"{generator}.0"
 
-        def inputs(rng: torch.Generator) -> dict[str, Tensor]:
-            x = torch.randn(_PROBE_PATCHES, _PROBE_PIXELS, channels, generator=rng)
+        def inputs(rng: torch.Generator) -> Inputs:
+            x = rows(_PROBE_PATCHES, channels, rng)
             s = torch.randn(_PROBE_PATCHES, int(layer.in_features), generator=rng)  # type: ignore[arg-type]
-            return {names[0]: x * torch.tensor(_PIXEL_SCALES)[:, None], names[1]: s}
+            return {names[0]: x, names[1]: s}
 
         forms = tuple(_forms(children[norm], norm, generator, names[0], sizes))
         return Candidate(forms, inputs, (generator, norm), f"{inner}.weight")
 
 
-def _generating_layer(module: nn.Module) -> nn.Module | None:
-    """A linear layer, or a sequence of one."""
-    if isinstance(module, nn.Sequential) and len(module) == 1:
-        module = module[0]
-    return module if is_linear(module) else None
-
-
 def _is_norm(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not list(module.children()) and all(p.dim() == 1 for p in parameters)
-
-
-def _is_inert(module: nn.Module) -> bool:
-    """Children that cannot make the block random or give it weights; what they compute, the probe shows."""
-    dropout = isinstance(module, nn.Dropout) and module.p > 0
-    return not dropout and not list(module.parameters()) and not list(module.buffers())
 
 
 def _sizes(module: nn.Module, generated: int, channels: int) -> Iterator[tuple[bool, int]]:

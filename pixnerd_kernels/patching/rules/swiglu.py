@@ -1,0 +1,99 @@
+"""SwiGLU feed-forward layers: gate and value from two linear layers, or side by side from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixnerd_kernels.ops.swiglu import swiglu
+from pixnerd_kernels.patching.probe import Candidate, Form, Inputs
+from pixnerd_kernels.patching.rules.base import Left, inert, is_linear, own_tensors, positional
+from pixnerd_kernels.patching.swap import Replacement
+
+
+@dataclass(frozen=True)
+class FeedForward(Replacement):
+    """out(silu(gate) * up) around the module's own layers."""
+
+    op: ClassVar[str] = "swiglu"
+    #: One layer for gate and value, or two.
+    first: tuple[str, ...]
+    last: str
+    #: The second half, or the second layer, is the gate.
+    swapped: bool
+
+    def run(self, module: Any, *args: Any) -> Tensor:
+        made = [getattr(module, name)(args[0]) for name in self.first]
+        if len(made) == 1 and not self.swapped:
+            product = swiglu(made[0])
+        else:
+            gate, up = made if len(made) == 2 else made[0].chunk(2, dim=-1)
+            product = swiglu(up, gate) if self.swapped else swiglu(gate, up)
+        out: Tensor = getattr(module, self.last)(product)
+        return out
+
+
+class SwiGLURule:
+    op = FeedForward.op
+
+    def match(self, module: nn.Module) -> Candidate | Left | None:
+        children = dict(module.named_children())
+        linear = {name: child for name, child in children.items() if is_linear(child)}
+        names = positional(module, 1)
+        if names is None or own_tensors(module) or not all(map(inert, _others(children, linear))):
+            return None
+        parts = _parts(linear)
+        if parts is None:
+            return None
+        first, last = parts
+        size = int(linear[first[0]].in_features)  # type: ignore[arg-type]
+
+        def inputs(rng: torch.Generator) -> Inputs:
+            return {names[0]: torch.randn(2, 5, size, generator=rng)}
+
+        tensors = [f"{name}()" for name in first] + [f"{last}.weight"]
+        if linear[last].bias is not None:
+            tensors.append(f"{last}.bias")
+        return Candidate(tuple(_forms(first, last, tuple(tensors))), inputs, first, f"{last}.weight")
+
+
+def _others(children: dict[str, nn.Module], linear: dict[str, nn.Module]) -> list[nn.Module]:
+    return [child for name, child in children.items() if name not in linear]
+
+
+def _parts(linear: dict[str, nn.Module]) -> tuple[tuple[str, ...], str] | None:
+    """The layers in front and the one behind, told by their sizes."""
+    sizes: dict[str, tuple[int, int]] = {
+        name: (int(layer.in_features), int(layer.out_features))  # type: ignore[arg-type]
+        for name, layer in linear.items()
+    }
+    for last, (inner, _) in sizes.items():
+        first = tuple(name for name in sizes if name != last)
+        widths = {sizes[name] for name in first}
+        if len(widths) == 1 and len(first) in (1, 2):
+            ((_, width),) = widths
+            if width * len(first) == 2 * inner and (len(first) == 2 or width == 2 * inner):
+                return first, last
+    return None
+
+
+def _forms(first: tuple[str, ...], last: str, tensors: tuple[str, ...]) -> Iterator[Form]:
+    def formula(activation: Callable[[Tensor], Tensor], swapped: bool) -> Callable[..., Tensor]:
+        def run(*values: Tensor) -> Tensor:
+            gate, up = values[: len(first)] if len(first) == 2 else values[0].chunk(2, dim=-1)
+            product = activation(up) * gate if swapped else activation(gate) * up
+            return F.linear(product, *values[len(first) :])
+
+        return run
+
+    for swapped in (False, True):
+        which = "second" if swapped else "first"
+        block = FeedForward(first, last, swapped)
+        yield Form(f"SiLU of the {which}", formula(F.silu, swapped), tensors, block)
+        for name, other in (("relu", F.relu), ("gelu", F.gelu), ("sigmoid", torch.sigmoid)):
+            yield Form(f"activation {name}", formula(other, swapped), tensors)
