@@ -5,14 +5,15 @@ a pixel in a neural field, P patch size in pixels.
 """
 
 from pixnerd_kernels.nn.decoder import NeuralFieldBlock, PixelDecoder, patchify, scaled_patch, unpatchify
-from pixnerd_kernels.nn.layers import RMSNorm, SwiGLU, TimestepEmbedding
+from pixnerd_kernels.nn.layers import Linear, RMSNorm, SwiGLU, TimestepEmbedding
 from pixnerd_kernels.nn.text import JointAttention, PackedSwiGLU
-from pixnerd_kernels.nn.transformer import Attention, DiTBlock, rotary_table, rotate
+from pixnerd_kernels.nn.transformer import Attention, DiTBlock, rotary_table
 
 __all__ = [
     "Attention",
     "DiTBlock",
     "JointAttention",
+    "Linear",
     "NeuralFieldBlock",
     "PackedSwiGLU",
     "PixelDecoder",
@@ -21,7 +22,6 @@ __all__ = [
     "TimestepEmbedding",
     "patchify",
     "rotary_table",
-    "rotate",
     "scaled_patch",
     "unpatchify",
 ]

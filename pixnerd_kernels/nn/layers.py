@@ -8,6 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixnerd_kernels.ops import linear, modulated_rms_norm, swiglu
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear on `ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
 
 class RMSNorm(nn.Module):
     """x * rsqrt(mean(x²) + eps) * weight over the last dimension, in x's dtype whatever the weight's."""
@@ -18,7 +27,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return modulated_rms_norm(x, self.weight, eps=self.eps)
 
 
 class TimestepEmbedding(nn.Module):
@@ -49,10 +58,10 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         inner = int(2 * (4 * hidden_size) / 3)
-        self.w1 = nn.Linear(hidden_size, inner, bias=False)
-        self.w2 = nn.Linear(inner, hidden_size, bias=False)
-        self.w3 = nn.Linear(hidden_size, inner, bias=False)
+        self.w1 = Linear(hidden_size, inner, bias=False)
+        self.w2 = Linear(inner, hidden_size, bias=False)
+        self.w3 = Linear(hidden_size, inner, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        out: Tensor = self.w2(swiglu(self.w1(x), self.w3(x)))
         return out

@@ -7,8 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pixnerd_kernels.nn.layers import RMSNorm, SwiGLU
-from pixnerd_kernels.ops import attention
+from pixnerd_kernels.nn.layers import Linear, RMSNorm, SwiGLU
+from pixnerd_kernels.ops import (
+    attention,
+    gated_residual,
+    gated_residual_rms_norm,
+    modulated_rms_norm,
+    qk_norm_rope,
+)
 
 
 def rotary_table(
@@ -23,8 +29,26 @@ def rotary_table(
     Token y * width + x turns its channel pairs 0, 1, 2 ... by x w_0, y w_0, x w_1 ..., with positions x in
     linspace(0, extent[0], width) and y in linspace(0, extent[1], height), and w_m = 10000^(-4 m / head_size).
     The official class-to-image model's extent is (16, 16); the text-to-image model's is (height, width),
-    with height along x.
+    with height along x. Tables are computed once and kept; do not write into them.
     """
+    key = (height, width, head_size, extent, device)
+    if key in _tables:
+        return _tables[key]
+    # Outside of inference mode, whose tensors autograd would refuse later.
+    with torch.inference_mode(False):
+        table = _rotary_table(height, width, head_size, extent, device)
+    # What a tracer makes (fake tensors, symbolic sizes) belongs to its graph.
+    if not torch.compiler.is_compiling() and type(table) is Tensor:
+        _tables[key] = table
+    return table
+
+
+_tables: dict[tuple[object, ...], Tensor] = {}
+
+
+def _rotary_table(
+    height: int, width: int, head_size: int, extent: tuple[float, float], device: torch.device | None
+) -> Tensor:
     like = {"dtype": torch.float64, "device": device}
     speeds = 10000.0 ** (-torch.arange(0, head_size, 4, **like) / head_size)  # type: ignore[arg-type]
     x = torch.outer(torch.linspace(0, extent[0], width, **like), speeds)  # type: ignore[arg-type]
@@ -34,29 +58,23 @@ def rotary_table(
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of x [B, L, heads, d] by `rotary_table`'s angles [L, d/2, 2]."""
-    cos, sin = table[:, None].to(x.dtype).unbind(-1)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-
 class Attention(nn.Module):
     """Self-attention with normalised queries and keys, rotated where there is a rotary table."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.qkv = Linear(hidden_size, 3 * hidden_size, bias=False)
         self.q_norm = RMSNorm(hidden_size // num_heads)
         self.k_norm = RMSNorm(hidden_size // num_heads)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, L, heads, d]
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+        return self._attend(x, rotary, None)
+
+    def _attend(self, x: Tensor, rotary: Tensor | None, text_kv: Tensor | None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, L, 3, heads, d]
+        q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, rotary, text_kv, self.q_norm.eps)
         out: Tensor = self.proj(attention(q, k, v).flatten(2))
         return out
 
@@ -82,9 +100,11 @@ class DiTBlock(nn.Module):
         self.attn = attention(hidden_size, num_heads)
         self.norm2 = RMSNorm(hidden_size)
         self.mlp = mlp(hidden_size)
-        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        self.modulation = Linear(hidden_size, 6 * hidden_size)
 
     def forward(self, x: Tensor, condition: Tensor, *context: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, *context)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        h = modulated_rms_norm(x, self.norm1.weight, shift1, scale1, self.norm1.eps)
+        h = self.attn(h, *context)
+        x, h = gated_residual_rms_norm(x, h, gate1, self.norm2.weight, shift2, scale2, self.norm2.eps)
+        return gated_residual(x, self.mlp(h), gate2)

@@ -3,6 +3,7 @@
 from pixnerd_kernels.ops.attention import attention
 from pixnerd_kernels.ops.coordinate_encoding import coordinate_encoding
 from pixnerd_kernels.ops.gated_residual import gated_residual, gated_residual_rms_norm
+from pixnerd_kernels.ops.linear import linear
 from pixnerd_kernels.ops.modulated_rms_norm import modulated_rms_norm
 from pixnerd_kernels.ops.neural_field_mlp import (
     FieldParams,
@@ -20,6 +21,7 @@ __all__ = [
     "coordinate_encoding",
     "gated_residual",
     "gated_residual_rms_norm",
+    "linear",
     "modulated_rms_norm",
     "neural_field_mlp",
     "neural_field_mlp_packed",

@@ -6,9 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.ops.attention import flash
+
+#: In order of preference for tensors that flash kernels take; "sdpa" takes all others.
+BACKENDS = ("flash3", "flash4", "flash2", "sdpa")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v for every head, in the layout that a packed projection gives without a copy.
 
     Args:
@@ -16,13 +22,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) ->
         k, v: [B, M, heads, d].
         mask: [L, M] or what broadcasts to [B, heads, L, M]; booleans (True takes part) or addends of the
             logits.
+        backend: "flash3" (package flash_attn_interface), "flash4" (flash_attn.cute), "flash2" (flash_attn), or "sdpa",
+            torch's scaled_dot_product_attention, which picks a flash or cuDNN kernel on a GPU and its flash kernel on
+            a CPU. "auto" takes the first of these that runs here for these tensors.
 
     Returns:
-        [B, L, heads, d] in q's dtype, from torch's scaled_dot_product_attention (a flash kernel where one
-        fits).
+        [B, L, heads, d] in q's dtype.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
+        NotImplementedError: the named backend cannot run; lists every reason.
     """
     problems = Problems("attention")
     readable = problems.tensor("q", q, 4, "[B, L, heads, d]")
@@ -35,6 +44,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) ->
             problems.add("v", f"the shape of k {list(k.shape)}", v)
     problems.same_dtype("q", q, [("k", k), ("v", v)])
     problems.same_device("q", q, [("k", k), ("v", v), ("mask", mask)])
+    problems.choice("backend", backend, ("auto", *BACKENDS))
     problems.raise_if_any()
+    chosen = select(q, mask, backend)
+    if chosen != "sdpa":
+        return flash.run(chosen, q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def select(q: Tensor, mask: Tensor | None = None, backend: str = "auto") -> str:
+    """The backend that runs for these tensors.
+
+    Raises:
+        NotImplementedError: the named backend cannot run; lists every reason.
+    """
+    if backend == "auto":
+        if q.device.type != "cuda":
+            return "sdpa"
+        return next(name for name in BACKENDS if not not_supported_reasons(name, q, mask))
+    if reasons := not_supported_reasons(backend, q, mask):
+        lines = "\n".join(f"  - {reason}" for reason in reasons)
+        raise NotImplementedError(f"attention cannot run on the backend {backend!r}:\n{lines}")
+    return backend
+
+
+def not_supported_reasons(backend: str, q: Tensor, mask: Tensor | None = None) -> list[str]:
+    """Every reason why a backend cannot run for these tensors; empty if it can."""
+    if backend == "sdpa":
+        return []
+    return flash.not_supported_reasons(backend, q.device, q.dtype, q.shape[-1], masked=mask is not None)
+
+
+__all__ = ["BACKENDS", "attention", "not_supported_reasons", "select"]
