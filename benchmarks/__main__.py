@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import ops
+from benchmarks import model, ops
 
-COMMANDS = {"ops": ops}
+COMMANDS = {"ops": ops, "model": model}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -132,7 +132,7 @@ def threads():
 
 def pytest_generate_tests(metafunc):
     """`call`, `first` and `calls`: each, the first and all of a module's CALLS (see tests/ops/calls.py)."""
-    if "call" in metafunc.fixturenames:
+    if "call" in metafunc.fixturenames and hasattr(metafunc.module, "CALLS"):
         metafunc.parametrize("call", metafunc.module.CALLS, ids=str)
 
 

@@ -81,6 +81,33 @@ def _choice(op: str, device: torch.device) -> dict[str, Any]:
     return {"op": op, "device": device.type, "backend": chosen, "error": refused, "others": others}
 
 
+def _attention(device: torch.device) -> dict[str, Any]:
+    """The kernel that attention takes for heads of 72 channels, in bfloat16 on a GPU, and why not the others."""
+    import torch
+
+    from pixnerd_kernels.ops.attention import BACKENDS, not_supported_reasons, select
+
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    q = torch.empty(0, 1, 1, 72, device=device, dtype=dtype)
+    chosen = select(q)
+    others = {
+        name: not_supported_reasons(name, q) or [f"it can run, but {chosen} is preferred"]
+        for name in BACKENDS
+        if name != chosen
+    }
+    return {"op": "attention", "device": device.type, "backend": chosen, "error": None, "others": others}
+
+
+def _linear() -> dict[str, Any]:
+    """The library that large float32 products of linear layers take on a CPU."""
+    from pixnerd_kernels.ops.linear import onednn_reasons
+
+    reasons = onednn_reasons()
+    chosen, other = ("torch", "oneDNN") if reasons else ("oneDNN", "torch")
+    others = {other: reasons or ["it can run, but oneDNN is preferred for large float32 products"]}
+    return {"op": "linear", "device": "cpu", "backend": chosen, "error": None, "others": others}
+
+
 def collect() -> dict[str, Any]:
     """Everything `pixnerd info` prints, as plain data."""
     import torch
@@ -100,7 +127,9 @@ def collect() -> dict[str, Any]:
         "core": _native(),
         "gpu": _gpus(),
         "forced_backend": backends.forced_backend() or None,
-        "ops": [_choice(op, device) for device in devices for op in ops],
+        "ops": [_choice(op, device) for device in devices for op in ops]
+        + [_attention(device) for device in devices]
+        + [_linear()],
     }
 
 

@@ -1,9 +1,12 @@
 """ops.attention against the formula, and its complaints."""
 
+import sys
+import types
+
 import pytest
 import torch
 
-from pixnerd_kernels.ops import attention
+from pixnerd_kernels.ops.attention import attention, flash, not_supported_reasons, select
 
 
 def formula(q, k, v, bias=None):
@@ -38,3 +41,87 @@ def test_every_problem_is_named():
         attention(q, torch.zeros(2, 7, 2, 4), torch.zeros(2, 6, 2, 4))
     with pytest.raises(TypeError, match="v: expected the dtype of q"):
         attention(q, q, q.double())
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """FlashAttention packages of our own making, installed or not, which note what they are called with."""
+    calls = []
+    flash.load.cache_clear()
+
+    def install(name, function=None):
+        def flash_attn_func(q, k, v):
+            calls.append(name)
+            return attention(q, k, v, backend="sdpa"), "log-sum-exp"
+
+        module = types.ModuleType(name)
+        module.flash_attn_func = function or flash_attn_func
+        monkeypatch.setitem(sys.modules, name, module)
+
+    yield install, calls
+    flash.load.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["flash2", "flash3", "flash4"])
+def test_a_named_backend_that_cannot_run_tells_every_reason(name):
+    q = torch.zeros(1, 3, 2, 12)
+    with pytest.raises(NotImplementedError) as caught:
+        attention(q, q, q, mask=torch.ones(3, 3, dtype=torch.bool), backend=name)
+    message = str(caught.value)
+    for part in (
+        f"attention cannot run on the backend '{name}'",
+        f"the package {flash.PACKAGES[name].module} is not installed",
+        "it needs CUDA tensors, the inputs are on cpu",
+        "it takes float16 and bfloat16, the inputs are torch.float32",
+        "it takes heads of a multiple of 8",
+        "it takes no mask",
+    ):
+        assert part in message, part
+
+
+def test_a_broken_package_is_a_reason(packages, monkeypatch):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "flash_attn_interface":
+                raise ImportError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    reasons = not_supported_reasons("flash3", torch.zeros(1, 3, 2, 8))
+    assert any("importing flash_attn_interface failed: ImportError: undefined symbol" in r for r in reasons)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "chosen"),
+    [
+        (9, ["flash_attn", "flash_attn_interface", "flash_attn.cute"], "flash3"),
+        (9, ["flash_attn", "flash_attn.cute"], "flash4"),
+        (8, ["flash_attn", "flash_attn_interface"], "flash2"),
+        (9, [], "sdpa"),
+    ],
+)
+def test_auto_takes_the_best_that_runs(packages, monkeypatch, capability, installed, chosen):
+    """On what looks like a GPU: the choice reads nothing but the device, the dtype and the head's size."""
+    for module in installed:
+        packages[0](module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    q = types.SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(1, 3, 2, 72))
+    assert select(q) == chosen
+    assert select(q, mask=torch.ones(3, 3)) == "sdpa"
+    assert select(types.SimpleNamespace(device=q.device, dtype=torch.float32, shape=q.shape)) == "sdpa"
+
+
+def test_a_package_is_called_in_the_layout_that_it_takes(packages):
+    install, calls = packages
+    install("flash_attn_interface")
+    q, k, v = torch.randn(3, 2, 5, 4, 8)
+    torch.testing.assert_close(flash.run("flash3", q, k, v), attention(q, k, v))
+    assert calls == ["flash_attn_interface"]
+
+
+def test_a_cpu_takes_torchs_kernel():
+    assert select(torch.zeros(1, 3, 2, 8, dtype=torch.bfloat16)) == "sdpa"
+    with pytest.raises(
+        ValueError, match="backend: expected one of 'auto', 'flash3', 'flash4', 'flash2', 'sdpa'"
+    ):
+        attention(*[torch.zeros(1, 3, 2, 8)] * 3, backend="flash")

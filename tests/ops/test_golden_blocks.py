@@ -1,13 +1,13 @@
 """The ops inside the models that they were made for: golden class-to-image models and Chroma1-Radiance heads."""
 
-import official_c2i
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import load
-from official_c2i import linear, patches, rms_norm
 from tolerance import relative
 
+from benchmarks import official_c2i
+from benchmarks.official_c2i import linear, patches, rms_norm
 from pixnerd_kernels import (
     coordinate_encoding,
     neural_field_mlp,
@@ -84,6 +84,13 @@ def test_class_to_image(backend, name, form):
         coordinate_encoding(size, size),
         form(channels * ratio, False),
     )
+    assert_agrees(out, golden, parameters, leaves)
+
+
+@pytest.mark.parametrize("name", ["c2i_tiny", "c2i_d64_p16"])
+def test_the_plain_model_that_benchmarks_compare_with(name):
+    config, golden, parameters, leaves = recorded(name, ["x"])
+    out = official_c2i.plain(parameters, config, leaves["x"], golden["input.t"], golden["input.y"])
     assert_agrees(out, golden, parameters, leaves)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,7 +25,8 @@ def attention(
             logits.
         backend: "flash3" (package flash_attn_interface), "flash4" (flash_attn.cute), "flash2" (flash_attn), or "sdpa",
             torch's scaled_dot_product_attention, which picks a flash or cuDNN kernel on a GPU and its flash kernel on
-            a CPU. "auto" takes the first of these that runs here for these tensors.
+            a CPU. "auto" takes the first of these that runs here for these tensors; under torch.compile it is "sdpa",
+            whose kernels the compiler knows.
 
     Returns:
         [B, L, heads, d] in q's dtype.
@@ -60,7 +62,7 @@ def select(q: Tensor, mask: Tensor | None = None, backend: str = "auto") -> str:
         NotImplementedError: the named backend cannot run; lists every reason.
     """
     if backend == "auto":
-        if q.device.type != "cuda":
+        if q.device.type != "cuda" or torch.compiler.is_compiling():
             return "sdpa"
         return next(name for name in BACKENDS if not not_supported_reasons(name, q, mask))
     if reasons := not_supported_reasons(backend, q, mask):

@@ -1,13 +1,15 @@
 """The official class-to-image PixNerd in plain PyTorch, from its recorded parameters; its head runs `field`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Parameters = dict[str, Tensor]
+from benchmarks import formulas
+
+Parameters = Mapping[str, Tensor]
 
 
 def linear(parameters: Parameters, name: str, x: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ def dit_block(
 
 def forward(
     parameters: Parameters,
-    config: dict,
+    config: Mapping[str, int],
     x: Tensor,
     t: Tensor,
     y: Tensor,
@@ -93,3 +95,17 @@ def forward(
     out = linear(parameters, "final_layer.linear", rms_norm(pixels, parameters["final_layer.norm.weight"]))
     out = out.transpose(1, 2).reshape(len(x), tokens.shape[1], -1).transpose(1, 2)
     return F.fold(out, (height, width), size, stride=size)
+
+
+def plain(parameters: Parameters, config: Mapping[str, int], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """The whole model in plain PyTorch: velocity [B, C, H, W]."""
+    size, channels = config["patch_size"], config["hidden_size_x"]
+    hidden = channels * config["nerf_mlpratio"]
+    encoding = formulas.dct_encoding(size, size, config.get("max_freqs", 8), x.dtype)
+
+    def field(pixels: Tensor, generated: Tensor, norm_weight: Tensor) -> Tensor:
+        w1, w2 = generated.chunk(2, -1)
+        w1, w2 = w1.view(-1, channels, hidden), w2.view(-1, hidden, channels)
+        return formulas.neural_field(pixels, w1, w2, norm_weight)
+
+    return forward(parameters, config, x, t, y, encoding, field)

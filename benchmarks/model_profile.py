@@ -1,0 +1,133 @@
+"""Where a forward of the model spends its time: ops by kind, their share, and the speed of their products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pixnerd_kernels.models import PixNerdConfig
+
+#: Ops whose time is spent in matrix products, and in attention. The rest is normalisation, gates and copies.
+_PRODUCTS = (
+    "aten::addmm",
+    "aten::bmm",
+    "aten::mm",
+    "mkldnn::_linear_pointwise",
+    "pixnerd::neural_field_mlp_packed",
+    "pixnerd::pixel_decoder",
+)
+_ATTENTION = ("aten::_scaled_dot_product_flash_attention_for_cpu",)
+
+
+def profile(run: Callable[[], object], config: PixNerdConfig, size: int, batch: int) -> dict[str, Any]:
+    """Rows of one call, longest first, and the share of its time in matrix products and attention."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad():
+        run()
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+            run()
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for event in profiler.key_averages(group_by_input_shape=True):
+        if event.self_cpu_time_total <= 0:
+            continue
+        flops = event.count * _flops(event.key, event.input_shapes, config, size, batch)
+        label = event.key + (" " + _shapes(event.input_shapes) if flops else "")
+        row = rows.setdefault((event.key, label), {"op": label, "calls": 0, "seconds": 0.0, "flops": 0})
+        row["calls"] += event.count
+        row["seconds"] += event.self_cpu_time_total / 1e6
+        row["flops"] += flops
+        row["kind"] = _kind(event.key)
+    total = sum(row["seconds"] for row in rows.values())
+    ordered = sorted(rows.values(), key=lambda row: -row["seconds"])
+    shares = {
+        kind: sum(row["seconds"] for row in ordered if row["kind"] == kind) / total
+        for kind in ("product", "attention", "other")
+    }
+    return {
+        "seconds": total,
+        "flops": sum(row["flops"] for row in ordered),
+        "shares": shares,
+        "rows": ordered,
+    }
+
+
+def _kind(op: str) -> str:
+    return "product" if op in _PRODUCTS else "attention" if op in _ATTENTION else "other"
+
+
+def _shapes(shapes: list[list[int]]) -> str:
+    return "x".join(str(list(shape)) for shape in shapes if len(shape) > 1)
+
+
+def _flops(op: str, shapes: list[list[int]], config: PixNerdConfig, size: int, batch: int) -> int:
+    """2 for each multiply-add of one call; 0 for ops without products."""
+    dims = [shape for shape in shapes if len(shape) > 1]
+    if op in ("aten::addmm", "aten::mm"):
+        return 2 * dims[0][0] * dims[0][1] * dims[1][1]
+    if op == "mkldnn::_linear_pointwise":
+        return 2 * dims[0][0] * dims[0][1] * dims[1][0]
+    if op in _ATTENTION:
+        images, heads, queries, channels = dims[0]
+        return 4 * images * heads * queries * dims[1][2] * channels
+    patches = batch * (size // config.patch_size) ** 2
+    generated = 2 * config.field_channels**2 * config.field_ratio
+    fields = 2 * patches * config.patch_size**2 * generated
+    if op == "pixnerd::neural_field_mlp_packed":
+        return fields
+    if op == "pixnerd::pixel_decoder":
+        return config.num_field_blocks * (fields + 2 * patches * config.hidden_size * generated)
+    return 0
+
+
+def profile_table(result: dict[str, Any], least: float = 0.002) -> str:
+    """Rows above a share of `least`, and the sums."""
+    lines = [f"  {'op':88} {'calls':>5} {'ms':>8} {'share':>6} {'GFLOP/s':>8}"]
+    for row in result["rows"]:
+        share = row["seconds"] / result["seconds"]
+        if share >= least:
+            speed = f"{row['flops'] / row['seconds'] / 1e9:8.0f}" if row["flops"] else ""
+            lines.append(
+                f"  {row['op'][:88]:88} {row['calls']:5} {row['seconds'] * 1e3:8.1f} {share:6.1%} {speed}"
+            )
+    shares = result["shares"]
+    lines.append(
+        f"  matrix products {shares['product']:.1%}, attention {shares['attention']:.1%}, everything else "
+        f"{shares['other']:.1%} of {result['seconds']:.3f} s under the profiler; "
+        f"{result['flops'] / 1e9:.1f} GFLOP at {result['flops'] / result['seconds'] / 1e9:.0f} GFLOP/s"
+    )
+    return "\n".join(lines)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the ops that compute something: neither views nor allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        aliases = any(result.alias_info is not None for result in function._schema.returns)
+        if not aliases and "empty" not in function.name():
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def launches(make: Callable[[int], Any]) -> dict[str, dict[str, int]]:
+    """Ops that compute, of the plain model and of ours: those of one DiT block, and those of the rest of a step.
+
+    `make` gives a model with that many blocks, with functions `eager` and `ours`. The count does not depend on sizes.
+    """
+    counts: dict[str, list[int]] = {"eager": [], "ours": []}
+    for blocks in (1, 2):
+        setting = make(blocks)
+        for name, entry in counts.items():
+            run = getattr(setting, name)
+            with torch.no_grad():
+                run()
+                with _Counter() as counter:
+                    run()
+            entry.append(counter.count)
+    return {name: {"block": two - one, "rest": 2 * one - two} for name, (one, two) in counts.items()}

@@ -1,0 +1,88 @@
+"""ops.linear: the values and gradients of torch.nn.functional.linear, and which library runs."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from calls import Call
+from tolerance import assert_within
+
+from pixnerd_kernels import use_backend
+from pixnerd_kernels.ops import linear
+from pixnerd_kernels.ops.linear import onednn_reasons
+
+MODULE = sys.modules["pixnerd_kernels.ops.linear"]  # the package's attribute of that name is the function
+
+
+def plain(x, weight, bias=None):
+    return F.linear(x, weight, bias)
+
+
+LARGE = Call("large", linear, plain, {"x": (3, 100, 96), "weight": (160, 96), "bias": (160,)})
+ONE_ROW = Call("one row, no bias", linear, plain, {"x": (1, 1152), "weight": (4000, 1152)})
+SMALL = Call("small", linear, plain, {"x": (3, 4), "weight": (5, 4), "bias": (5,)})
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """How often oneDNN multiplies, on any processor."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch does not offer oneDNN's linear layer")
+    monkeypatch.setattr(MODULE, "_ONEDNN", True)
+    count = []
+    real = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: count.append(1) or real(*args))
+    return count
+
+
+@pytest.mark.parametrize("call", [LARGE, ONE_ROW, SMALL], ids=str)
+def test_values_and_gradients(onednn, call):
+    out = call.results(call.op, call.inputs(), call.upstream())
+    assert_within(out, *call.expected(call.inputs(), call.upstream()))
+    assert len(onednn) == (0 if call is SMALL else 3)
+
+
+def test_strided(onednn):
+    tensors, upstream = LARGE.inputs(), LARGE.upstream()
+    views = {"x": tensors["x"].mT.contiguous().mT, "weight": tensors["weight"].T.contiguous().T}
+    out = LARGE.results(linear, tensors | views, upstream)
+    assert_within(out, *LARGE.expected(tensors, upstream))
+    assert len(onednn) == 3
+
+
+def test_the_default_library_where_onednn_does_not_fit(onednn):
+    x, weight = torch.randn(300, 96), torch.randn(160, 96)
+    with use_backend("reference"):
+        linear(x, weight)
+    linear(x.double(), weight.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError):
+        linear(x, weight.T)
+    assert not onednn
+
+
+def test_second_derivatives(onednn):
+    x, weight = torch.randn(300, 96, requires_grad=True), torch.randn(160, 96, requires_grad=True)
+    (grad,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), weight)
+    (grad,) = torch.autograd.grad(F.linear(x, weight).square().sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad(grad.sum(), weight)
+    torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_opcheck_and_compile():
+    leaves = tuple(t.requires_grad_() for t in LARGE.inputs().values())
+    torch.library.opcheck(torch.ops.pixnerd.linear.default, (leaves[0].flatten(0, 1), *leaves[1:]))
+    torch.compiler.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*leaves), linear(*leaves))
+
+
+def test_reasons_are_told(monkeypatch):
+    monkeypatch.setattr(MODULE, "_vendor", lambda: "GenuineIntel")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    reasons = onednn_reasons()
+    assert any("no AVX-512" in reason for reason in reasons)
+    assert any("vendor is GenuineIntel" in reason for reason in reasons)
