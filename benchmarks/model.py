@@ -106,6 +106,11 @@ def _training(
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure: 0 is success, 1 results that differ."""
+    with torch.set_grad_enabled(arguments.training):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     config = CONFIGS[arguments.config]
     if arguments.blocks:
         config = replace(config, num_blocks=arguments.blocks)
@@ -131,7 +136,6 @@ def run(arguments: argparse.Namespace) -> int:
         document["peak"] = {name: allocation_peak(run).peak for name, (_, run) in steps.items()}
         limit = 1e-3
     else:
-        torch.set_grad_enabled(False)
         outputs = {name: forward() for name, forward in forwards.items()}
         tasks = dict(forwards)
         document["peak"] = {name: allocation_peak(lambda f=f: (f(),)).peak for name, f in forwards.items()}  # type: ignore[misc]

@@ -25,7 +25,7 @@ _ATTENTION = ("aten::_scaled_dot_product_flash_attention_for_cpu",)
 def profile(run: Callable[[], object], config: PixNerdConfig, size: int, batch: int) -> dict[str, Any]:
     """Rows of one call, longest first, and the share of its time in matrix products and attention."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.no_grad():
+    with torch.inference_mode():  # with gradients every op would be recorded twice
         run()
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
             run()
@@ -125,7 +125,7 @@ def launches(make: Callable[[int], Any]) -> dict[str, dict[str, int]]:
         setting = make(blocks)
         for name, entry in counts.items():
             run = getattr(setting, name)
-            with torch.no_grad():
+            with torch.inference_mode():
                 run()
                 with _Counter() as counter:
                     run()

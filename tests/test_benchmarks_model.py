@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from benchmarks import model
 from benchmarks.__main__ import main
@@ -24,13 +23,6 @@ SMALL = [
     "eager",
     "ours",
 ]
-
-
-@pytest.fixture(autouse=True)
-def gradients():
-    with torch.enable_grad():
-        yield
-    torch.set_grad_enabled(True)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])

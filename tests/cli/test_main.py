@@ -51,7 +51,7 @@ def test_module_entry_prints_info_as_json():
     data = json.loads(done.stdout)
     assert data["versions"]["pixnerd_kernels"] == __version__
     assert data["versions"]["torch"] == torch.__version__
-    assert {row["op"] for row in data["ops"]} == backends.CPU_OPS | backends.TRITON_OPS
+    assert {row["op"] for row in data["ops"]} == backends.CPU_OPS | backends.TRITON_OPS | {"attention", "linear"}
 
 
 def test_info_agrees_with_the_backend_choice():
