@@ -127,9 +127,8 @@ def collect() -> dict[str, Any]:
         "core": _native(),
         "gpu": _gpus(),
         "forced_backend": backends.forced_backend() or None,
-        "ops": [_choice(op, device) for device in devices for op in ops]
-        + [_attention(device) for device in devices]
-        + [_linear()],
+        "ops": [_choice(op, device) for device in devices for op in ops],
+        "libraries": [*(_attention(device) for device in devices), _linear()],
     }
 
 
@@ -153,7 +152,7 @@ def _text(data: dict[str, Any]) -> str:
     if data["forced_backend"]:
         lines.append(f"{'PIXNERD_BACKEND':16} {data['forced_backend']}")
     rows = [["op", "on", "takes", "not", "because"]]
-    for choice in data["ops"]:
+    for choice in [*data["ops"], *data["libraries"]]:
         cells = [choice["op"], choice["device"], choice["backend"]]
         for name, reasons in choice["others"].items():
             for index, reason in enumerate(reasons):

@@ -51,7 +51,11 @@ def test_module_entry_prints_info_as_json():
     data = json.loads(done.stdout)
     assert data["versions"]["pixnerd_kernels"] == __version__
     assert data["versions"]["torch"] == torch.__version__
-    assert {row["op"] for row in data["ops"]} == backends.CPU_OPS | backends.TRITON_OPS | {"attention", "linear"}
+    assert {row["op"] for row in data["ops"]} == backends.CPU_OPS | backends.TRITON_OPS
+    libraries = {(row["op"], row["device"]): row for row in data["libraries"]}
+    assert libraries["attention", "cpu"]["backend"] == "sdpa"
+    assert all(row["others"] and all(row["others"].values()) for row in libraries.values())
+    assert ("linear", "cpu") in libraries
 
 
 def test_info_agrees_with_the_backend_choice():
