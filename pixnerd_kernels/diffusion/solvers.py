@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.diffusion.flow import shift_time
+from pixnerd_kernels.diffusion.graphs import GraphedVelocity
 
 SOLVERS = ("euler", "heun", "adams")
 
@@ -33,6 +34,7 @@ def sample(
     timeshift: float = 1.0,
     last_step: float | None = None,
     exact_heun: bool = False,
+    cuda_graph: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Draw samples by integrating dx/dt = velocity(x, t, condition) over `time_steps`.
@@ -52,6 +54,8 @@ def sample(
         timeshift: above 1 spends more steps near the noise, see `flow.shift_time`.
         last_step: length of the last step before the shift; None is 1 / num_steps.
         exact_heun: evaluate the predictor's velocity anew in every step.
+        cuda_graph: capture one evaluation as a CUDA graph (two where only some steps are guided), and replay it in
+            every step; noise must be on a CUDA device. Not run on a GPU in this project yet.
         on_step: called with the number of steps done (from 1) and x.
 
     Returns:
@@ -60,7 +64,11 @@ def sample(
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
     """
-    _check(noise, condition, uncondition, solver, num_steps, order, guidance, timeshift, last_step)
+    _check(
+        noise, condition, uncondition, solver, num_steps, order, guidance, timeshift, last_step, cuda_graph
+    )
+    if cuda_graph:
+        velocity = GraphedVelocity(velocity)
     times = time_steps(num_steps, timeshift=timeshift, last_step=last_step)
     low, high = guidance_interval
     inside = ((times > low) & (times < high)).tolist()
@@ -142,6 +150,7 @@ def _check(
     guidance: float,
     timeshift: float,
     last_step: float | None,
+    cuda_graph: bool,
 ) -> None:
     problems = Problems("sample")
     problems.choice("solver", solver, SOLVERS)
@@ -157,6 +166,8 @@ def _check(
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() == 0:
         problems.add_type("noise", "a floating tensor [B, ...]", noise)
     else:
+        if cuda_graph and noise.device.type != "cuda":
+            problems.add("cuda_graph", f"noise on a CUDA device, which is on {noise.device}", cuda_graph)
         for name, value in (("condition", condition), ("uncondition", uncondition)):
             if value is None and name == "uncondition" and guidance == 1:
                 continue

@@ -1,0 +1,57 @@
+"""A velocity model as a CUDA graph: captured at its first call, replayed at every other.
+
+At small batches a GPU waits for Python to launch hundreds of small kernels; a replay launches them all at once. This
+has not run on a GPU in this project yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class GraphedVelocity:
+    """Calls `velocity` through CUDA graphs, one for each combination of shapes and dtypes.
+
+    Every call copies its arguments into the graph's own tensors, replays, and returns a copy of the result: a solver
+    may keep it. The model must not synchronise with the CPU, and its weights must stay where they are.
+
+    Args:
+        velocity: called with x, t and a condition, all on one CUDA device.
+    """
+
+    def __init__(self, velocity: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        self.velocity = velocity
+        self.graphs: dict[tuple[object, ...], tuple[list[Tensor], Tensor, Callable[[], None]]] = {}
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        arguments = (x, t, condition)
+        key = tuple((tuple(argument.shape), argument.dtype, argument.device) for argument in arguments)
+        if key not in self.graphs:
+            # Dense copies: an expanded t has one element of memory.
+            inputs = [argument.clone(memory_format=torch.contiguous_format) for argument in arguments]
+            self.graphs[key] = (inputs, *capture(lambda: self.velocity(*inputs)))
+        inputs, output, replay = self.graphs[key]
+        for target, argument in zip(inputs, arguments, strict=True):
+            target.copy_(argument)
+        replay()
+        return output.clone()
+
+
+def capture(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """Record the kernels of one call: the tensor that they write, and what runs them again.
+
+    Calls before the capture, on a stream of their own as torch.cuda.graph asks for, let libraries and caches allocate.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function()
+    return output, graph.replay

@@ -1,0 +1,61 @@
+"""The CUDA-graph sampler, with capture and replay played by Python: what is copied when, and the refusal on a CPU."""
+
+import pytest
+import torch
+
+from pixnerd_kernels.diffusion import graphs, sample
+from pixnerd_kernels.models import PixNerd, PixNerdConfig
+
+CONFIG = PixNerdConfig(32, 2, 1, 1, 8, 2, patch_size=4, in_channels=1, num_classes=3, max_freqs=3)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """What a graph does: it keeps the addresses of one call, and overwrites the same output at every replay."""
+    made = []
+
+    def capture(function):
+        output = torch.full_like(function(), torch.nan)
+        made.append(0)
+        index = len(made) - 1
+
+        def replay():
+            made[index] += 1
+            output.copy_(function())
+
+        return output, replay
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    # The check of the device is what is being played around.
+    check = "pixnerd_kernels.diffusion.solvers._check"
+    monkeypatch.setattr(check, lambda *args: None)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("options", "replays"),
+    [
+        ({"solver": "euler", "num_steps": 3}, [3]),
+        ({"solver": "adams", "order": 3, "num_steps": 5, "guidance": 2.0}, [1, 4]),
+        ({"solver": "heun", "num_steps": 3, "guidance": 2.0}, [3]),
+    ],
+    ids=["euler", "adams, unguided at t = 0", "heun"],
+)
+def test_replays_draw_what_calls_draw(captures, options, replays):
+    torch.manual_seed(0)
+    model = PixNerd(CONFIG)
+    torch.nn.init.normal_(model.decoder.linear.weight)
+    noise, y, null = torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), torch.tensor([3, 3])
+    expected = sample(model, noise, y, null, **options)
+    before = noise.clone()
+    assert torch.equal(sample(model, noise, y, null, cuda_graph=True, **options), expected)
+    assert captures == replays
+    assert torch.equal(noise, before)
+
+
+def test_a_cpu_is_refused():
+    noise, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    with pytest.raises(
+        ValueError, match="cuda_graph: expected noise on a CUDA device, which is on cpu, got True"
+    ):
+        sample(PixNerd(CONFIG), noise, y, num_steps=2, cuda_graph=True)
