@@ -33,21 +33,30 @@ def time_embedding(parameters: Parameters, t: Tensor) -> Tensor:
     return linear(parameters, "t_embedder.mlp.2", hidden)[:, None]
 
 
-def rotary(height: int, width: int, head: int) -> Tensor:
-    """Complex [height * width, head / 2]: x and y interleaved, positions linspace(0, 16, n)."""
+def rotary(height: int, width: int, head: int) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each [height * width, head / 2]: x and y interleaved, positions linspace(0, 16, n).
+
+    The official code multiplies complex numbers, for which torch's compiler generates no code.
+    """
     speed = 10000.0 ** (-torch.arange(0, head, 4)[: head // 4] / head)
     x = torch.outer(torch.linspace(0, 16, width), speed).expand(height, -1, -1)
     y = torch.outer(torch.linspace(0, 16, height), speed)[:, None].expand(-1, width, -1)
     angles = torch.stack([x, y], -1).reshape(height * width, -1)
-    return torch.polar(torch.ones_like(angles), angles)
+    return angles.cos(), angles.sin()
 
 
-def attend(parameters: Parameters, name: str, x: Tensor, heads: int, turn: Tensor) -> Tensor:
+def rotate(z: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn neighbouring channels of z [B, L, heads, d] by the table's angles."""
+    cos, sin = (part[:, None].to(z.dtype) for part in turn)
+    a, b = z.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def attend(parameters: Parameters, name: str, x: Tensor, heads: int, turn: tuple[Tensor, Tensor]) -> Tensor:
     q, k, v = linear(parameters, f"{name}.qkv", x).unflatten(-1, (3, heads, -1)).unbind(2)
 
     def turned(z: Tensor, norm: str) -> Tensor:
-        z = rms_norm(z, parameters[f"{name}.{norm}.weight"]).unflatten(-1, (-1, 2))
-        return torch.view_as_real(torch.view_as_complex(z) * turn[:, None]).flatten(-2)
+        return rotate(rms_norm(z, parameters[f"{name}.{norm}.weight"]), turn)
 
     q, k = turned(q, "q_norm"), turned(k, "k_norm")
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -55,7 +64,7 @@ def attend(parameters: Parameters, name: str, x: Tensor, heads: int, turn: Tenso
 
 
 def dit_block(
-    parameters: Parameters, name: str, x: Tensor, condition: Tensor, heads: int, turn: Tensor
+    parameters: Parameters, name: str, x: Tensor, condition: Tensor, heads: int, turn: tuple[Tensor, Tensor]
 ) -> Tensor:
     modulation = linear(parameters, f"{name}.adaLN_modulation.0", condition)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
@@ -93,8 +102,9 @@ def forward(
         generated = linear(parameters, f"blocks.{block}.param_generator1.0", s)
         pixels = field(pixels, generated, parameters[f"blocks.{block}.norm.weight"])
     out = linear(parameters, "final_layer.linear", rms_norm(pixels, parameters["final_layer.norm.weight"]))
-    out = out.transpose(1, 2).reshape(len(x), tokens.shape[1], -1).transpose(1, 2)
-    return F.fold(out, (height, width), size, stride=size)
+    # F.fold in the official code, which torch 2.13's compiler gets wrong on a CPU for a transposed input.
+    out = out.view(len(x), height // size, width // size, size, size, -1)
+    return out.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)
 
 
 def plain(parameters: Parameters, config: Mapping[str, int], x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 import pixnerd_kernels
-from benchmarks import formulas
-
-Shape = Mapping[str, int]
-Tensors = Mapping[str, Tensor]
+from benchmarks import blocks, formulas
+from benchmarks.shapes import Shape, Tensors
 
 
 class Op(Protocol):
@@ -191,6 +189,10 @@ _HEAD = {"N": 256, "S": 256, "D1": 64, "D2": 128}
 _CHROMA = {"N": 64, "S": 256, "D1": 64, "D2": 256}
 _ODD = {"N": 1024, "S": 20, "D1": 12, "D2": 24}
 _HEAD_SMOKE = {"N": 4, "S": 32, "D1": 16, "D2": 32}
+_TOKENS = {"B": 1, "L": 256, "D": 1152}
+_TOKENS_SMOKE = {"B": 2, "L": 20, "D": 24}
+_HEADS = {"B": 1, "H": 16, "W": 16, "heads": 16, "d": 72}
+_HEADS_SMOKE = {"B": 2, "H": 3, "W": 4, "heads": 2, "d": 24}
 _ODD_SMOKE = {"N": 3, "S": 20, "D1": 12, "D2": 24}
 
 _ALL: list[Case] = [
@@ -202,6 +204,10 @@ _ALL: list[Case] = [
     *_both(
         "normalize_weights", NormalizeWeights(), {"N": 256, "D1": 64, "D2": 128}, {"N": 3, "D1": 12, "D2": 24}
     ),
+    *_both("modulated_rms_norm", blocks.ModulatedRMSNorm(), _TOKENS, _TOKENS_SMOKE),
+    *_both("gated_residual_rms_norm", blocks.GatedResidualNorm(), _TOKENS, _TOKENS_SMOKE),
+    *_both("qk_norm_rope", blocks.QkNormRope(), _HEADS, _HEADS_SMOKE),
+    *_both("swiglu", blocks.Swiglu(), {**_TOKENS, "D": 3072}, _TOKENS_SMOKE),
     Case(
         "coordinate_encoding-forward",
         CoordinateEncoding(),

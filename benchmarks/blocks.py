@@ -1,0 +1,129 @@
+"""The ops of a transformer block as the benchmarks see them, at the sizes of XL/16 and one 256x256 image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pixnerd_kernels
+from benchmarks import formulas
+from benchmarks.official_c2i import rotary, rotate
+from benchmarks.shapes import Shape, Tensors
+from pixnerd_kernels.nn import rotary_table
+
+
+def _elements(shape: Shape) -> int:
+    return shape["B"] * shape["L"] * shape["D"]
+
+
+@dataclass(frozen=True)
+class ModulatedRMSNorm:
+    """x [B, L, D], weight [D], shift and scale [B, 1, D]."""
+
+    name: str = "modulated_rms_norm"
+    bound: str = "copy"
+
+    def inputs(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        row = (shape["B"], 1, shape["D"])
+        return {"x": self.output(shape), "weight": (shape["D"],), "shift": row, "scale": row}
+
+    def output(self, shape: Shape) -> tuple[int, ...]:
+        return shape["B"], shape["L"], shape["D"]
+
+    def eager(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        n = formulas.rms_norm(tensors["x"], tensors["weight"])
+        return n * (1 + tensors["scale"]) + tensors["shift"]
+
+    def ours(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        return pixnerd_kernels.modulated_rms_norm(**tensors)
+
+    def flops(self, shape: Shape, training: bool, recompute: bool) -> int:
+        """Per element: square, add, three products and a sum; backward about twice that, and the norm again."""
+        return (6 + (12 + 3 * recompute if training else 0)) * _elements(shape)
+
+
+@dataclass(frozen=True)
+class GatedResidualNorm:
+    """x and y [B, L, D], gate, shift and scale [B, 1, D], weight [D]; the two results are added up, by all alike."""
+
+    name: str = "gated_residual"
+    bound: str = "copy"
+
+    def inputs(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        full, row = self.output(shape), (shape["B"], 1, shape["D"])
+        return {"x": full, "y": full, "gate": row, "weight": (shape["D"],), "shift": row, "scale": row}
+
+    def output(self, shape: Shape) -> tuple[int, ...]:
+        return shape["B"], shape["L"], shape["D"]
+
+    def eager(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        z = tensors["x"] + tensors["gate"] * tensors["y"]
+        return z + formulas.rms_norm(z, tensors["weight"]) * (1 + tensors["scale"]) + tensors["shift"]
+
+    def ours(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        z, n = pixnerd_kernels.gated_residual_rms_norm(**tensors)
+        return z + n
+
+    def flops(self, shape: Shape, training: bool, recompute: bool) -> int:
+        """As the norm, and the product and the sum of the residual."""
+        return (9 + (16 + 3 * recompute if training else 0)) * _elements(shape)
+
+
+@dataclass(frozen=True)
+class QkNormRope:
+    """qkv [B, H * W, 3, heads, d]; the three results are added up, by all alike."""
+
+    name: str = "qk_norm_rope"
+    bound: str = "copy"
+
+    def inputs(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        channels = (shape["d"],)
+        qkv = (shape["B"], shape["H"] * shape["W"], 3, shape["heads"], shape["d"])
+        return {"qkv": qkv, "q_weight": channels, "k_weight": channels}
+
+    def output(self, shape: Shape) -> tuple[int, ...]:
+        return shape["B"], shape["H"] * shape["W"], shape["heads"], shape["d"]
+
+    def eager(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        turn = rotary(shape["H"], shape["W"], shape["d"])
+        q, k, v = tensors["qkv"].unbind(2)
+        q = rotate(formulas.rms_norm(q, tensors["q_weight"]), turn)
+        return q + rotate(formulas.rms_norm(k, tensors["k_weight"]), turn) + v
+
+    def ours(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        q, k, v = pixnerd_kernels.qk_norm_rope(
+            **tensors, rope=rotary_table(shape["H"], shape["W"], shape["d"])
+        )
+        return q + k + v
+
+    def flops(self, shape: Shape, training: bool, recompute: bool) -> int:
+        """Per element of q and k: square, add, two products, and three for the rotation."""
+        elements = 2 * shape["B"] * shape["H"] * shape["W"] * shape["heads"] * shape["d"]
+        return (7 + (14 + 3 * recompute if training else 0)) * elements
+
+
+@dataclass(frozen=True)
+class Swiglu:
+    """gate and up [B, L, D], where D is the hidden width."""
+
+    name: str = "swiglu"
+    bound: str = "copy"
+
+    def inputs(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        return {"gate": self.output(shape), "up": self.output(shape)}
+
+    def output(self, shape: Shape) -> tuple[int, ...]:
+        return shape["B"], shape["L"], shape["D"]
+
+    def eager(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        return F.silu(tensors["gate"]) * tensors["up"]
+
+    def ours(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        return pixnerd_kernels.swiglu(tensors["gate"], tensors["up"])
+
+    def flops(self, shape: Shape, training: bool, recompute: bool) -> int:
+        """Per element: the exponential as one, add, divide, two products; backward twice that."""
+        return (5 + (10 + 3 * recompute if training else 0)) * _elements(shape)
