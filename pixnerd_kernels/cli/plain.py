@@ -90,3 +90,48 @@ def coordinate_encoding(
         return torch.stack(both, dim=-1).flatten(1)
     w = 10000.0 ** (-4 * m[: K * K // 4] / (K * K))
     return torch.cat([torch.sin(x * w), torch.cos(x * w), torch.sin(y * w), torch.cos(y * w)], dim=-1)
+
+
+def modulated_rms_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, L, D], weight [D], shift and scale [B, 1, D] -> [B, L, D]."""
+    n = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+    return n * (1 + scale) + shift
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x and y [B, L, D], gate [B, 1, D] -> [B, L, D]."""
+    return x + gate * y
+
+
+def gated_residual_rms_norm(
+    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual`, and the `modulated_rms_norm` of it."""
+    z = gated_residual(x, y, gate)
+    return z, modulated_rms_norm(z, weight, shift, scale)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, text_kv: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, L, 3, heads, d], rope [L, d / 2, 2], text_kv [B, M, 2, heads, d] -> q, k, v [B, L (+ M), heads, d]."""
+    cos, sin = rope[:, None].to(qkv.dtype).unbind(-1)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+    def turn(x: Tensor) -> Tensor:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+    q, k, v = qkv.unbind(2)
+    q, k = turn(norm(q, q_weight)), turn(norm(k, k_weight))
+    if text_kv is None:
+        return q, k, v
+    text_k, text_v = text_kv.unbind(2)
+    return q, torch.cat([k, norm(text_k, k_weight)], 1), torch.cat([v, text_v], 1)

@@ -97,7 +97,7 @@ def _expect(
     return truth, {name: 1.5 * ratio * error for name, error in errors.items()}
 
 
-class _Comparison:
+class Comparison:
     """Holds an op against its formula; what is expected is computed once for all backends."""
 
     def __init__(self, op: Function, formula: Function) -> None:
@@ -145,7 +145,7 @@ def _field_case(size: tuple[int, int, int], gated: bool, packed: bool, options: 
             return pk.neural_field_mlp_packed(**t, hidden=hidden, gated=gated, **settings)  # type: ignore[arg-type]
         return pk.neural_field_mlp(**t, **settings)  # type: ignore[arg-type]
 
-    compare = _Comparison(op, formula)
+    compare = Comparison(op, formula)
 
     def run(device: torch.device, dtype: torch.dtype) -> list[Result]:
         generator = torch.Generator().manual_seed(pixels * 1000 + channels + hidden)
@@ -170,7 +170,7 @@ def _field_case(size: tuple[int, int, int], gated: bool, packed: bool, options: 
 
 
 def _weights_case(shape: tuple[int, ...], dim: int) -> Case:
-    compare = _Comparison(
+    compare = Comparison(
         lambda w: pk.normalize_weights(w, dim), lambda w: plain.normalize_weights(w, dim, 1e-12)
     )
 
@@ -203,7 +203,7 @@ def _encoding_case(kind: str, grid: tuple[int, int, int, tuple[float, float]]) -
 
 
 def cases() -> Iterator[Case]:
-    """Every case: sizes x (gated or not) x (packed or not) under turning options, weights, every encoding."""
+    """Every case: sizes x (gated or not) x (packed or not) under turning options, weights, encodings, blocks."""
     turn = 0
     for size in SIZES:
         for gated in (False, True):
@@ -215,3 +215,6 @@ def cases() -> Iterator[Case]:
     for kind in KINDS:
         for grid in GRIDS:
             yield _encoding_case(kind, grid)
+    from pixnerd_kernels.cli.verify_blocks import cases as block_cases
+
+    yield from block_cases()

@@ -9,8 +9,12 @@ import torch
 from pixnerd_kernels import backends
 from pixnerd_kernels.cli import main, plain, verify_cases
 from pixnerd_kernels.ops.coordinate_encoding import reference as encoding_reference
+from pixnerd_kernels.ops.gated_residual import reference as residual_reference
+from pixnerd_kernels.ops.modulated_rms_norm import reference as norm_reference
 from pixnerd_kernels.ops.neural_field_mlp import reference as field_reference
 from pixnerd_kernels.ops.normalize_weights import reference as weights_reference
+from pixnerd_kernels.ops.qk_norm_rope import reference as rope_reference
+from pixnerd_kernels.ops.swiglu import reference as swiglu_reference
 
 
 @pytest.fixture
@@ -44,6 +48,11 @@ def test_everything_that_runs_here_passes(capsys):
         ("neural_field_mlp", {"x", "w1", "w2", "w_gate", "norm_weight"}),
         ("neural_field_mlp_packed", {"x", "params", "norm_weight"}),
         ("normalize_weights", {"w"}),
+        ("modulated_rms_norm", {"x", "weight", "shift", "scale"}),
+        ("gated_residual", {"x", "y", "gate"}),
+        ("gated_residual_rms_norm", {"x", "y", "gate", "weight", "shift", "scale"}),
+        ("swiglu", {"gate", "up"}),
+        ("qk_norm_rope", {"qkv", "q_weight", "k_weight", "text_kv"}),
     ],
 )
 def test_gradients_of_every_input_are_checked(op, inputs):
@@ -62,6 +71,10 @@ def test_gradients_of_every_input_are_checked(op, inputs):
         (weights_reference, "forward", "normalize_weights"),
         (weights_reference, "backward", "normalize_weights"),
         (encoding_reference, "forward", "coordinate_encoding"),
+        (norm_reference, "backward", "modulated_rms_norm"),
+        (residual_reference, "norm_forward", "gated_residual_rms_norm"),
+        (rope_reference, "backward", "qk_norm_rope"),
+        (swiglu_reference, "forward", "swiglu"),
     ],
 )
 @pytest.mark.parametrize("factor", [1 + 1e-4, math.nan])
@@ -92,8 +105,8 @@ def test_table_tells_op_backend_dtype_and_error(few_cases, capsys):
     assert main(["verify", "--backend", "reference"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:5] == ["op", "backend", "on", "dtype", "cases"]
-    assert "16 of 16 passed" in lines[-1]
-    assert all(line.endswith("ok") for line in lines[2:18])
+    assert "36 of 36 passed" in lines[-1]
+    assert all(line.endswith("ok") for line in lines[2:38])
 
 
 @pytest.mark.parametrize("kind", verify_cases.KINDS)
