@@ -167,12 +167,34 @@ def test_a_scale_that_is_a_ratio_of_pixels_is_exact():
     assert output.shape == (1, 1, 14, 14)
 
 
+def outputs_and_gradients(function, model, args):
+    output = function(*args)
+    return [output, *torch.autograd.grad(output.square().sum(), list(model.parameters()), allow_unused=True)]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @families
-def test_the_model_compiles_without_graph_breaks(config):
+def test_the_model_compiles_without_graph_breaks(config, autocast):
+    """Forward and backward are one graph each: fullgraph makes a break an error."""
     model = randomised(replace(config, num_blocks=1, num_field_blocks=1))
     args = torch.randn(2, 1, 8, 8), torch.rand(2), conditions(config, 2)
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert distance(compiled(*args), model(*args)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        results = outputs_and_gradients(compiled, model, args)
+        expected = outputs_and_gradients(model, model, args)
+    for out, eager in zip(results, expected, strict=True):
+        assert (out is None) == (eager is None)
+        assert eager is None or torch.equal(out, eager) or distance(out.float(), eager.float()) < 1e-5
+
+
+def test_the_model_compiles_with_inductor():
+    model = randomised(replace(TINY, num_blocks=1, num_field_blocks=1))
+    args = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 3])
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True)
+        assert distance(compiled(*args), model(*args)) < 1e-5
 
 
 def test_every_problem_is_named():
