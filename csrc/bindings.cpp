@@ -9,10 +9,12 @@
 #include "coordinate_encoding.h"
 #include "gated_residual.h"
 #include "isa.h"
+#include "matmul.h"
 #include "modulated_rms_norm.h"
 #include "neural_field_mlp.h"
 #include "normalize_weights.h"
 #include "parallel.h"
+#include "pixel_decoder.h"
 #include "qk_norm_rope.h"
 #include "swiglu.h"
 
@@ -46,6 +48,7 @@ pixnerd::NeuralField field(std::int64_t patches, std::int64_t pixels, int channe
           .channels = channels,
           .hidden = hidden,
           .dtype = static_cast<DType>(dtype),
+          .weight_dtype = static_cast<DType>(dtype),
           .activation = static_cast<pixnerd::Activation>(activation),
           .residual = residual,
           .normalize_w1 = normalize[0],
@@ -59,6 +62,104 @@ pixnerd::NeuralField field(std::int64_t patches, std::int64_t pixels, int channe
           .w2 = input(w2),
           .w_gate = input(w_gate),
           .norm_weight = reinterpret_cast<const void*>(norm_weight)};
+}
+
+pixnerd::Operand operand(const Strided& t, int dtype) {
+  return {reinterpret_cast<const void*>(t[0]), t[1], t[2], static_cast<DType>(dtype)};
+}
+
+// An image as (address, image stride, channel stride, row stride, column stride).
+using Image = std::array<std::int64_t, 5>;
+
+pixnerd::Planes planes(const Image& t) { return {reinterpret_cast<const void*>(t[0]), t[1], t[2], t[3], t[4]}; }
+pixnerd::MutablePlanes mutable_planes(const Image& t) {
+  return {reinterpret_cast<void*>(t[0]), t[1], t[2], t[3], t[4]};
+}
+
+pixnerd::PixelDecoder decoder(std::int64_t first, std::int64_t count, std::array<std::int64_t, 2> grid,
+                              std::array<int, 2> patch, std::array<int, 4> sizes, int blocks, bool gated, int dtype,
+                              int activation, std::array<bool, 3> normalize, double norm_eps, double weight_eps,
+                              int threads, const Image& image, const Strided& generated,
+                              std::array<std::int64_t, 6> dense) {
+  return {.first = first,
+          .count = count,
+          .rows = grid[0],
+          .columns = grid[1],
+          .height = patch[0],
+          .width = patch[1],
+          .image_channels = sizes[0],
+          .channels = sizes[1],
+          .hidden = sizes[2],
+          .out_channels = sizes[3],
+          .blocks = blocks,
+          .gated = gated,
+          .dtype = static_cast<DType>(dtype),
+          .activation = static_cast<pixnerd::Activation>(activation),
+          .normalize_w1 = normalize[0],
+          .normalize_w2 = normalize[1],
+          .normalize_w_gate = normalize[2],
+          .norm_eps = norm_eps,
+          .weight_eps = weight_eps,
+          .threads = threads,
+          .image = planes(image),
+          .generated = {reinterpret_cast<const void*>(generated[0]), generated[1], generated[2]},
+          .pixel_weight = address(dense[0]),
+          .table = address(dense[1]),
+          .norm_weights = address(dense[2]),
+          .final_norm = address(dense[3]),
+          .linear_weight = address(dense[4]),
+          .linear_bias = address(dense[5])};
+}
+
+// The pixel decoder, and the products around it.
+void define_pixel_decoder(py::module_& m) {
+  m.def(
+      "matmul",
+      [](std::int64_t rows, std::int64_t columns, std::int64_t depth, const Strided& a, int a_dtype, const Strided& b,
+         int b_dtype, std::int64_t bias, std::int64_t c, std::int64_t row_stride, int dtype, bool accumulate,
+         int threads) {
+        py::gil_scoped_release release;
+        pixnerd::matmul({.rows = rows,
+                         .columns = columns,
+                         .depth = depth,
+                         .a = operand(a, a_dtype),
+                         .b = operand(b, b_dtype),
+                         .bias = reinterpret_cast<const void*>(bias),
+                         .c = reinterpret_cast<void*>(c),
+                         .row_stride = row_stride,
+                         .dtype = static_cast<DType>(dtype),
+                         .accumulate = accumulate,
+                         .threads = threads});
+      },
+      py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a"), py::arg("a_dtype"),
+      py::arg("b"), py::arg("b_dtype"), py::arg("bias"), py::arg("c"), py::arg("row_stride"), py::arg("dtype"),
+      py::arg("accumulate"), py::arg("threads"));
+
+  py::class_<pixnerd::PixelDecoder>(m, "PixelDecoder", "Sizes, options and addresses of one run of patches.")
+      .def(py::init(&decoder), py::kw_only(), py::arg("first"), py::arg("count"), py::arg("grid"), py::arg("patch"),
+           py::arg("sizes"), py::arg("blocks"), py::arg("gated"), py::arg("dtype"), py::arg("activation"),
+           py::arg("normalize"), py::arg("norm_eps"), py::arg("weight_eps"), py::arg("threads"), py::arg("image"),
+           py::arg("generated"), py::arg("dense"))
+      .def_property_readonly("sums", &pixnerd::pixel_decoder_sums, "Doubles that backward's `sums` must hold.");
+  m.def(
+      "pixel_decoder_forward",
+      [](const pixnerd::PixelDecoder& decoder, const Image& out) {
+        py::gil_scoped_release release;
+        pixnerd::pixel_decoder_forward(decoder, mutable_planes(out));
+      },
+      py::arg("decoder"), py::arg("out"));
+  m.def(
+      "pixel_decoder_backward",
+      [](const pixnerd::PixelDecoder& decoder, const Image& grad, const Image& d_image, const Strided& d_generated,
+         std::int64_t sums) {
+        py::gil_scoped_release release;
+        pixnerd::pixel_decoder_backward(
+            decoder, {.out = planes(grad),
+                      .image = mutable_planes(d_image),
+                      .generated = {reinterpret_cast<void*>(d_generated[0]), d_generated[1], d_generated[2]},
+                      .sums = reinterpret_cast<double*>(sums)});
+      },
+      py::arg("decoder"), py::arg("grad"), py::arg("d_image"), py::arg("d_generated"), py::arg("sums"));
 }
 
 // The ops of the transformer's blocks.
@@ -233,5 +334,6 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("height"), py::arg("width"), py::arg("max_freqs"), py::arg("kind"), py::arg("scale_x"),
       py::arg("scale_y"), py::arg("out"));
+  define_pixel_decoder(m);
   define_transformer_ops(m);
 }

@@ -207,6 +207,20 @@ PIXNERD_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
   }
 }
 
+// Transpose a square tile in registers, by log2(n) rounds of perfect shuffles.
+template <class T>
+PIXNERD_INLINE void transpose_tile(Vec<T> (&tile)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  Vec<T> next[n];
+  for (int width = 1; width < n; width *= 2) {
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = interleave<T, false>(tile[i], tile[i + n / 2]);
+      next[2 * i + 1] = interleave<T, true>(tile[i], tile[i + n / 2]);
+    }
+    for (int i = 0; i < n; ++i) tile[i] = next[i];
+  }
+}
+
 // target [columns, rows] = source [rows, columns]^T. Reads whole square tiles: the source needs rows rounded
 // up to kLanes<T>, and past its `rows` they must be finite; the target's padding columns receive them.
 template <class T>
@@ -214,16 +228,9 @@ PIXNERD_INLINE void transpose(int rows, int columns, Panels<T> source, Panels<T>
   constexpr int n = kLanes<T>;
   for (int r = 0; r < rows; r += n) {
     for (int c = 0; c < columns; c += n) {
-      Vec<T> tile[n], next[n];
+      Vec<T> tile[n];
       for (int i = 0; i < n; ++i) tile[i] = load<T>(source.row(c / kPanel<T>, r + i) + c % kPanel<T>);
-      // log2(n) rounds of perfect shuffles transpose the tile.
-      for (int width = 1; width < n; width *= 2) {
-        for (int i = 0; i < n / 2; ++i) {
-          next[2 * i] = interleave<T, false>(tile[i], tile[i + n / 2]);
-          next[2 * i + 1] = interleave<T, true>(tile[i], tile[i + n / 2]);
-        }
-        for (int i = 0; i < n; ++i) tile[i] = next[i];
-      }
+      transpose_tile<T>(tile);
       for (int i = 0; i < n; ++i) store<T>(target.row(r / kPanel<T>, c + i) + r % kPanel<T>, tile[i]);
     }
   }

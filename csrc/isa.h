@@ -5,9 +5,11 @@
 #include <vector>
 
 #include "gated_residual.h"
+#include "matmul.h"
 #include "modulated_rms_norm.h"
 #include "neural_field_mlp.h"
 #include "normalize_weights.h"
+#include "pixel_decoder.h"
 #include "qk_norm_rope.h"
 #include "swiglu.h"
 
@@ -28,6 +30,10 @@ struct Kernels {
   void (*neural_field_mlp_backward)(const NeuralField&, const NeuralFieldGradients&);
   void (*normalize_weights_forward)(const ColumnNorm&, void*);
   void (*normalize_weights_backward)(const ColumnNorm&, const void*, void*);
+  void (*matmul)(const Product&);
+  std::int64_t (*pixel_decoder_sums)(const PixelDecoder&);
+  void (*pixel_decoder_forward)(const PixelDecoder&, const MutablePlanes&);
+  void (*pixel_decoder_backward)(const PixelDecoder&, const PixelDecoderGradients&);
   void (*modulated_rms_norm_forward)(const ModulatedNorm&, MutableMatrices, MutableMatrices);
   void (*modulated_rms_norm_backward)(const ModulatedNorm&, const ModulatedNormGradients&);
   void (*gated_residual_forward)(const GatedResidual&, Matrices, MutableMatrices);

@@ -19,7 +19,8 @@ enum class Activation : int { kSilu = 0, kGelu = 1, kRelu = 2 };
 struct NeuralField {
   std::int64_t patches, pixels;
   int channels, hidden;
-  DType dtype;  // of x, the weights, y and their gradients
+  DType dtype;         // of x, y and their gradients
+  DType weight_dtype;  // of the weights and their gradients
   Activation activation;
   bool residual;
   bool normalize_w1, normalize_w2, normalize_w_gate;
@@ -33,10 +34,10 @@ struct NeuralField {
 };
 
 struct NeuralFieldGradients {
-  Matrices y;                      // the incoming gradient [patches, pixels, channels]
-  MutableMatrices x;               // null where not wanted, like those below
-  MutableMatrices w1, w2, w_gate;  // all wanted or none
-  void* norm_weight;               // [channels] in the computed type
+  Matrices y;                                     // the incoming gradient [patches, pixels, channels]
+  MutableMatrices x = {};                         // null where not wanted, like those below
+  MutableMatrices w1 = {}, w2 = {}, w_gate = {};  // all wanted or none
+  void* norm_weight = nullptr;                    // [channels] in the computed type
 };
 
 // y [patches, pixels, channels], written once. Throws std::bad_alloc.

@@ -40,6 +40,27 @@ struct Relu {
   }
 };
 
+// Call function with a tag of the computed type and one of the activation.
+template <class T>
+struct Type {
+  using type = T;
+};
+template <class Function>
+void dispatch(DType dtype, Activation activation, Function&& function) {
+  const auto with_type = [&](auto type) {
+    using T = typename decltype(type)::type;
+    switch (activation) {
+      case Activation::kGelu:
+        return function(type, Type<Gelu<T>>{});
+      case Activation::kRelu:
+        return function(type, Type<Relu<T>>{});
+      default:
+        return function(type, Type<Silu<T>>{});
+    }
+  };
+  dtype == DType::kFloat64 ? with_type(Type<double>{}) : with_type(Type<float>{});
+}
+
 // A weight of one patch: its panels, the scale of each column, and the part of the scale that depends on the
 // column's norm (zero where the norm is clamped or the weight is not normalised).
 template <class T>
@@ -167,15 +188,19 @@ void write_rows(Panels<T> values, const Matrices* base, DType dtype, std::int64_
   });
 }
 
-// The norm weight padded with zeros to whole panels, or null.
+// A vector of the computed type, padded with zeros to whole panels.
+template <class T>
+void pad(const void* source, int size, T* target) {
+  for (int c = 0; c < panels<T>(size) * kPanel<T>; ++c)
+    target[c] = c < size ? static_cast<const T*>(source)[c] : T(0);
+}
+
+// The padded norm weight, or null.
 template <class T>
 T* padded_norm_weight(const NeuralField& f, Arena<T>& arena) {
   if (!f.norm_weight) return nullptr;
-  const int padded = panels<T>(f.channels) * kPanel<T>;
-  T* weight = arena.vector(padded);
-  if (weight) {
-    for (int c = 0; c < padded; ++c) weight[c] = c < f.channels ? static_cast<const T*>(f.norm_weight)[c] : T(0);
-  }
+  T* weight = arena.vector(panels<T>(f.channels) * kPanel<T>);
+  if (weight) pad<T>(f.norm_weight, f.channels, weight);
   return weight;
 }
 

@@ -2,6 +2,8 @@
 
 from pixnerd_kernels.backends import use_backend
 from pixnerd_kernels.ops import (
+    DecoderBlockParams,
+    DecoderParams,
     FieldParams,
     attention,
     coordinate_encoding,
@@ -11,6 +13,7 @@ from pixnerd_kernels.ops import (
     neural_field_mlp,
     neural_field_mlp_packed,
     normalize_weights,
+    pixel_decoder,
     qk_norm_rope,
     split_params,
     swiglu,
@@ -20,6 +23,8 @@ from pixnerd_kernels.patching import patch
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecoderBlockParams",
+    "DecoderParams",
     "FieldParams",
     "__version__",
     "attention",
@@ -31,6 +36,7 @@ __all__ = [
     "neural_field_mlp_packed",
     "normalize_weights",
     "patch",
+    "pixel_decoder",
     "qk_norm_rope",
     "split_params",
     "swiglu",

@@ -32,6 +32,7 @@ CPU_OPS = frozenset(
         "modulated_rms_norm",
         "neural_field_mlp",
         "normalize_weights",
+        "pixel_decoder",
         "qk_norm_rope",
         "swiglu",
     }

@@ -12,10 +12,13 @@ from pixnerd_kernels.ops.neural_field_mlp import (
     split_params,
 )
 from pixnerd_kernels.ops.normalize_weights import normalize_weights
+from pixnerd_kernels.ops.pixel_decoder import DecoderBlockParams, DecoderParams, pixel_decoder
 from pixnerd_kernels.ops.qk_norm_rope import qk_norm_rope
 from pixnerd_kernels.ops.swiglu import swiglu
 
 __all__ = [
+    "DecoderBlockParams",
+    "DecoderParams",
     "FieldParams",
     "attention",
     "coordinate_encoding",
@@ -26,6 +29,7 @@ __all__ = [
     "neural_field_mlp",
     "neural_field_mlp_packed",
     "normalize_weights",
+    "pixel_decoder",
     "qk_norm_rope",
     "split_params",
     "swiglu",

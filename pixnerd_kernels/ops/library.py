@@ -34,10 +34,10 @@ class _OnceDifferentiable(torch.autograd.Function):
     """A backward op whose results are in the graph, so that differentiating them is an error and not a zero."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, *args: Any) -> Any:
+    def forward(ctx: Any, name: str, count: int, *args: Any) -> Any:
         ctx.name = name
         with torch._C._AutoDispatchBelowAutograd():
-            out = getattr(torch.ops.pixnerd, name)(*args)
+            out = getattr(torch.ops.pixnerd, name)(*args[:count])
         return tuple(out) if isinstance(out, list) else out
 
     @staticmethod
@@ -50,7 +50,15 @@ def refuse_gradients(name: str) -> None:
     """Make the gradients that backward op `name` returns raise RuntimeError when they are differentiated."""
 
     def kernel(*args: Any) -> Any:
-        out = _OnceDifferentiable.apply(name, *args)
+        # Autograd does not look into lists: their tensors follow the arguments.
+        listed = [
+            item
+            for arg in args
+            if isinstance(arg, (list, tuple))
+            for item in arg
+            if isinstance(item, torch.Tensor)
+        ]
+        out = _OnceDifferentiable.apply(name, len(args), *args, *listed)
         return list(out) if isinstance(out, tuple) else out
 
     LIBRARY.impl(name, kernel, "Autograd")

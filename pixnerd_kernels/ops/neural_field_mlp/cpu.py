@@ -13,7 +13,8 @@ from pixnerd_kernels.checks import describe
 from pixnerd_kernels.ops.dtypes import compute_dtype
 from pixnerd_kernels.ops.native import DTYPES, dense_rows, strided
 
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "relu": 2}
+#: The core's numbers.
+ACTIVATIONS = {"silu": 0, "gelu": 1, "relu": 2}
 
 
 def _field(
@@ -59,7 +60,7 @@ def _field(
         channels=channels,
         hidden=hidden,
         dtype=DTYPES[x.dtype],
-        activation=_ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation],
         residual=residual,
         normalize=normalize,
         norm_eps=norm_eps,

@@ -1,0 +1,414 @@
+#include "pixel_decoder.h"
+
+#include <type_traits>
+
+#include "neural_field_backward.h"
+#include "parallel.h"
+#include "scratch.h"
+
+// A worker takes one patch at a time and runs it from its pixels to its result: the activations of the patch stay in
+// the worker's memory, row by row, and each block works on tiles of them.
+namespace pixnerd::PIXNERD_ISA {
+namespace {
+
+template <class T>
+inline constexpr DType kComputed = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
+// Where a patch lies in a set of planes.
+struct Place {
+  std::int64_t image, row, column;
+
+  Place(const PixelDecoder& d, std::int64_t index) {
+    const std::int64_t patch = d.first + index;
+    image = patch / (d.rows * d.columns);
+    row = patch / d.columns % d.rows * d.height;
+    column = patch % d.columns * d.width;
+  }
+  template <class P>
+  PIXNERD_INLINE std::int64_t offset(const P& planes) const {
+    return image * planes.image_stride + row * planes.row_stride + column * planes.column_stride;
+  }
+};
+
+// Call function(r, offset of the pixel in planes) for pixels first ... first + rows of a patch.
+template <class P, class Function>
+PIXNERD_INLINE void for_pixels(const P& planes, int width, int first, int rows, Function&& function) {
+  int y = first / width, x = first % width;
+  for (int r = 0; r < rows; ++r) {
+    function(r, y * planes.row_stride + x * planes.column_stride);
+    if (++x == width) x = 0, ++y;
+  }
+}
+
+// Pixels of a patch into rows 0 ... of `target`; the rest of the last vector becomes zero.
+template <class T>
+void read_pixels(const PixelDecoder& d, const Planes& planes, const Place& place, int channels, int first, int rows,
+                 Panels<T> target) {
+  with_storage<T>(d.dtype, [&](auto storage) {
+    const auto* base = static_cast<const typename decltype(storage)::Stored*>(planes.data) + place.offset(planes);
+    for (int c = 0; c < round_up(channels, kLanes<T>); ++c) {
+      T* column = target.panel(c / kPanel<T>) + c % kPanel<T>;
+      const auto* plane = base + c * planes.channel_stride;
+      for_pixels(planes, d.width, first, rows, [&](int r, std::int64_t at) __attribute__((always_inline)) {
+        column[r * kPanel<T>] = c < channels ? storage.get(plane + at) : T(0);
+      });
+    }
+  });
+}
+
+template <class T>
+void write_pixels(const PixelDecoder& d, const MutablePlanes& planes, const Place& place, int channels, int first,
+                  int rows, Panels<T> values) {
+  with_storage<T>(d.dtype, [&](auto storage) {
+    auto* base = static_cast<typename decltype(storage)::Stored*>(planes.data) + place.offset(planes);
+    for (int c = 0; c < channels; ++c) {
+      const T* column = values.panel(c / kPanel<T>) + c % kPanel<T>;
+      auto* plane = base + c * planes.channel_stride;
+      for_pixels(planes, d.width, first, rows, [&](int r, std::int64_t at) __attribute__((always_inline)) {
+        storage.put(plane + at, column[r * kPanel<T>]);
+      });
+    }
+  });
+}
+
+// A dense [rows, columns] matrix of the computed type as panels.
+template <class T>
+Panels<T> dense_panels(const void* source, int rows, int columns, Arena<T>& arena) {
+  const Panels<T> target = arena.matrix(round_up(rows, kPanel<T>), columns);
+  if (target.data) {
+    for (int r = 0; r < round_up(rows, kPanel<T>); ++r) {
+      const T* row = static_cast<const T*>(source) + static_cast<std::ptrdiff_t>(r) * columns;
+      if (r < rows) {
+        unpack_row<T>(Native<T>{}, row, columns, target, r);
+      } else {
+        for (int c = 0; c < panels<T>(columns) * kPanel<T>; ++c) target.row(c / kPanel<T>, r)[c % kPanel<T>] = T(0);
+      }
+    }
+  }
+  return target;
+}
+
+// The first element of matrix `index` of a block, for the run's first patch.
+template <class T, class G>
+auto matrix(const PixelDecoder& d, const G& generated, int block, int index) {
+  const std::int64_t item = sizeof(T) == 8 ? 8 : d.dtype == DType::kFloat32 ? 4 : 2;
+  const std::int64_t size = static_cast<std::int64_t>(d.channels) * d.hidden;
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(generated.data)>>, const char, char>;
+  return static_cast<Byte*>(generated.data) + (block * generated.block_stride + index * size) * item;
+}
+
+// One block as a neural field on rows [pixels, channels] in the worker's memory.
+template <class T>
+NeuralField block_field(const PixelDecoder& d, int block, const T* x) {
+  const auto weight = [&](int index, int width) {
+    return Matrices{matrix<T>(d, d.generated, block, index), d.generated.patch_stride, width};
+  };
+  return {.patches = d.count,
+          .pixels = static_cast<std::int64_t>(d.height) * d.width,
+          .channels = d.channels,
+          .hidden = d.hidden,
+          .dtype = kComputed<T>,
+          .weight_dtype = d.dtype,
+          .activation = d.activation,
+          .residual = true,
+          .normalize_w1 = d.normalize_w1,
+          .normalize_w2 = d.normalize_w2,
+          .normalize_w_gate = d.normalize_w_gate,
+          .norm_eps = d.norm_eps,
+          .weight_eps = d.weight_eps,
+          .threads = 1,
+          .x = {x, 0, d.channels},
+          .w1 = weight(d.gated ? 1 : 0, d.hidden),
+          .w2 = weight(d.gated ? 2 : 1, d.channels),
+          .w_gate = d.gated ? weight(0, d.hidden) : Matrices{},
+          .norm_weight = static_cast<const T*>(d.norm_weights) + static_cast<std::ptrdiff_t>(block) * d.channels};
+}
+
+// Call function(first, rows) for every tile of a patch.
+template <class T, class Function>
+PIXNERD_INLINE void each_tile(const Plan<T>& plan, Function&& function) {
+  for (int first = 0; first < plan.pixels; first += plan.tile) {
+    function(first, at_most(plan.tile, plan.pixels - first));
+  }
+}
+
+// The layers around the blocks, on tiles.
+template <class T>
+struct Ends {
+  Panels<T> pixel_weight, linear_weight;  // [image_channels, channels], [channels, out_channels]
+  Panels<T> pixels, out;                  // [tile, image_channels], [tile, out_channels]
+  T *linear_bias = nullptr, *final_norm = nullptr;
+
+  Ends(const PixelDecoder& d, int tile, Arena<T>& arena) {
+    pixel_weight = dense_panels<T>(d.pixel_weight, d.image_channels, d.channels, arena);
+    pixels = arena.matrix(tile, d.image_channels);
+    out = arena.matrix(tile, d.out_channels);
+    if (d.linear_weight) {
+      linear_weight = dense_panels<T>(d.linear_weight, d.channels, d.out_channels, arena);
+      linear_bias = padded(d.linear_bias, d.out_channels, arena);
+    }
+    if (d.final_norm) final_norm = padded(d.final_norm, d.channels, arena);
+  }
+
+ private:
+  static T* padded(const void* source, int size, Arena<T>& arena) {
+    T* target = arena.vector(panels<T>(size) * kPanel<T>);
+    if (target && source) pad<T>(source, size, target);
+    for (int c = 0; target && !source && c < panels<T>(size) * kPanel<T>; ++c) target[c] = T(0);
+    return target;
+  }
+};
+
+// Rows [tile] of x from the pixels.
+template <class T>
+void embed(const PixelDecoder& d, const Ends<T>& ends, const Place& place, int first, int rows, Panels<T> n, T* x) {
+  const int channels = d.channels;
+  read_pixels<T>(d, d.image, place, d.image_channels, first, rows, ends.pixels);
+  multiply_into<T>(rows, channels, d.image_channels, ends.pixels, ends.pixel_weight, n,
+                   [](Vec<T> v, int, std::ptrdiff_t) { return v; });
+  const Matrices table{static_cast<const T*>(d.table), 0, channels};
+  write_rows<T>(n, &table, kComputed<T>, 0, first, rows, channels, {x, 0, channels});
+}
+
+// The result of a tile from n = x or norm(x).
+template <class T>
+Panels<T> project(const PixelDecoder& d, const Ends<T>& ends, int rows, Panels<T> n) {
+  if (!d.linear_weight) return n;
+  multiply_into<T>(rows, d.out_channels, d.channels, n, ends.linear_weight, ends.out,
+                   [&](Vec<T> v, int c, std::ptrdiff_t) { return v + load<T>(ends.linear_bias + c); });
+  return ends.out;
+}
+
+template <class T>
+void final_norm(const PixelDecoder& d, const Ends<T>& ends, const T* x, int first, int rows, Panels<T> n,
+                T* inverse) {
+  read_rows<T>({x, 0, d.channels}, kComputed<T>, 0, first, rows, d.channels, n);
+  if (ends.final_norm) rms_norm<T>(n, rows, d.channels, T(d.norm_eps), ends.final_norm, inverse);
+}
+
+template <class T>
+struct ForwardWorker {
+  ForwardScratch<T> field;
+  Ends<T> ends;
+  T* x;
+
+  ForwardWorker(const PixelDecoder& d, const NeuralField& f, const Plan<T>& plan, Arena<T>& arena)
+      : field(f, plan, arena), ends(d, plan.tile, arena), x(arena.vector(f.pixels * f.channels)) {}
+};
+
+template <class T, class Act>
+void forward(const PixelDecoder& d, const MutablePlanes& out) {
+  const NeuralField first_block = block_field<T>(d, 0, nullptr);
+  const Plan<T> plan(first_block, 1, d.gated ? 2 : 1, 96 << 10);
+  Arena<T> measure(nullptr);
+  ForwardWorker<T>(d, first_block, plan, measure);
+  const Scratch scratch(measure.used(), workers_for(d.count, d.threads));
+  parallel_for(d.count, d.threads, [&](int worker, std::int64_t patch) {
+    Arena<T> arena(scratch.slice(worker));
+    ForwardWorker<T> w(d, first_block, plan, arena);
+    const Place place(d, patch);
+    const auto for_tiles = [&](auto&& function) { each_tile(plan, function); };
+    for_tiles([&](int first, int rows) { embed<T>(d, w.ends, place, first, rows, w.field.n, w.x); });
+    for (int k = 0; k < d.blocks; ++k) {
+      const NeuralField f = block_field<T>(d, k, w.x);
+      pad<T>(f.norm_weight, f.channels, w.field.norm_weight);
+      pack_weights<T>(f, plan, patch, w.field);
+      for_tiles([&](int first, int) { forward_tile<T, Act>(f, plan, w.field, patch, first, {w.x, 0, d.channels}); });
+    }
+    for_tiles([&](int first, int rows) {
+      final_norm<T>(d, w.ends, w.x, first, rows, w.field.n, w.field.inverse);
+      write_pixels<T>(d, out, place, d.out_channels, first, rows, project<T>(d, w.ends, rows, w.field.n));
+    });
+  });
+}
+
+// ---- backward ----
+
+// Where each sum begins.
+struct Sums {
+  std::int64_t table = 0, pixel_weight, norms, final_norm, linear_weight, linear_bias, total;
+
+  explicit Sums(const PixelDecoder& d) {
+    const std::int64_t channels = d.channels;
+    pixel_weight = table + static_cast<std::int64_t>(d.height) * d.width * channels;
+    norms = pixel_weight + d.image_channels * channels;
+    final_norm = norms + d.blocks * channels;
+    linear_weight = final_norm + channels;
+    linear_bias = linear_weight + (d.linear_weight ? d.out_channels * channels : 0);
+    total = linear_bias + (d.linear_weight ? d.out_channels : 0);
+  }
+};
+
+template <class T>
+struct BackwardWorker {
+  BackwardScratch<T> field;
+  Ends<T> ends;
+  Panels<T> pixel_weight_t, linear_weight_t;  // [channels, image_channels], [out_channels, channels]
+  Panels<T> outer;                            // of a tile: pixels^T dx or out^T n
+  T *x, *gradient;                            // x of blocks 0 ... blocks, each [pixels, channels]; that of x
+
+  BackwardWorker(const PixelDecoder& d, const NeuralField& f, const Plan<T>& plan, Arena<T>& arena)
+      : field(f, plan, arena), ends(d, plan.tile, arena) {
+    const int channels = d.channels, inputs = d.image_channels, outputs = d.out_channels;
+    pixel_weight_t = arena.matrix(round_up(channels, kPanel<T>), inputs);
+    if (pixel_weight_t.data) transpose<T>(inputs, channels, ends.pixel_weight, pixel_weight_t);
+    if (d.linear_weight) {
+      linear_weight_t = arena.matrix(round_up(outputs, kPanel<T>), channels);
+      if (linear_weight_t.data) transpose<T>(channels, outputs, ends.linear_weight, linear_weight_t);
+    }
+    const int widest = inputs > outputs || !d.linear_weight ? inputs : outputs;
+    outer = arena.matrix(round_up(widest, kPanel<T>), channels);
+    x = arena.vector((d.blocks + 1) * f.pixels * f.channels);
+    gradient = arena.vector(f.pixels * f.channels);
+  }
+};
+
+// sums[rows, columns] += a matrix.
+template <class T>
+void add_to(double* sums, int rows, int columns, Panels<T> values) {
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < columns; ++c) {
+      sums[static_cast<std::ptrdiff_t>(r) * columns + c] += values.row(c / kPanel<T>, r)[c % kPanel<T>];
+    }
+  }
+}
+
+// From the incoming gradient to that of the last block's result.
+template <class T>
+void final_backward(const PixelDecoder& d, const PixelDecoderGradients& g, const NeuralField& f,
+                    const BackwardWorker<T>& w, const Place& place, const Sums& at, double* sums, int first,
+                    int rows) {
+  const BackwardScratch<T>& s = w.field;
+  const int channels = d.channels, outputs = d.out_channels;
+  const T* x = static_cast<const T*>(f.x.data);
+  final_norm<T>(d, w.ends, x, first, rows, s.n, s.inverse);
+  if (d.linear_weight) {
+    read_pixels<T>(d, g.out, place, outputs, first, rows, w.ends.out);
+    multiply_into<T>(rows, channels, outputs, w.ends.out, w.linear_weight_t, s.dn,
+                     [](Vec<T> v, int, std::ptrdiff_t) { return v; });
+    if (sums) {
+      multiply_transposed<T>(outputs, channels, rows, w.ends.out, s.n, w.outer, false);
+      add_to<T>(sums + at.linear_weight, outputs, channels, w.outer);
+      for (int r = 0; r < rows; ++r)
+        add_to<T>(sums + at.linear_bias, 1, outputs, {w.ends.out.row(0, r), w.ends.out.stride});
+    }
+  } else {
+    read_pixels<T>(d, g.out, place, outputs, first, rows, s.dn);
+  }
+  if (w.ends.final_norm) {
+    for (int c = 0; c < round_up(channels, kLanes<T>); ++c) s.d_norm[c] = T(0);
+    rms_norm_backward<T>(f, s, 0, first, rows);
+    for (int c = 0; sums && c < channels; ++c) sums[at.final_norm + c] += s.d_norm[c];
+  }
+  write_rows<T>(s.dn, nullptr, kComputed<T>, 0, first, rows, channels, {w.gradient, 0, channels});
+}
+
+// From the gradient of the first block's input to those of the embedding and the pixels.
+template <class T>
+void embed_backward(const PixelDecoder& d, const PixelDecoderGradients& g, const BackwardWorker<T>& w,
+                    const Place& place, const Sums& at, double* sums, int first, int rows) {
+  const int channels = d.channels, inputs = d.image_channels;
+  read_rows<T>({w.gradient, 0, channels}, kComputed<T>, 0, first, rows, channels, w.field.dn);
+  if (sums) {
+    read_pixels<T>(d, d.image, place, inputs, first, rows, w.ends.pixels);
+    multiply_transposed<T>(inputs, channels, rows, w.ends.pixels, w.field.dn, w.outer, false);
+    add_to<T>(sums + at.pixel_weight, inputs, channels, w.outer);
+    const T* row = w.gradient + static_cast<std::ptrdiff_t>(first) * channels;
+    double* table = sums + at.table + static_cast<std::ptrdiff_t>(first) * channels;
+    for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(rows) * channels; ++i) table[i] += row[i];
+  }
+  if (g.image.data) {
+    multiply_into<T>(rows, inputs, channels, w.field.dn, w.pixel_weight_t, w.ends.pixels,
+                     [](Vec<T> v, int, std::ptrdiff_t) { return v; });
+    write_pixels<T>(d, g.image, place, inputs, first, rows, w.ends.pixels);
+  }
+}
+
+template <class T, class Act>
+void backward_run(const PixelDecoder& d, const PixelDecoderGradients& g, const Plan<T>& plan, BackwardWorker<T>& w,
+                  std::int64_t patch, const Sums& at, double* sums) {
+  const Place place(d, patch);
+  const int channels = d.channels;
+  const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(plan.pixels) * channels;
+  const auto for_tiles = [&](auto&& function) { each_tile(plan, function); };
+  for_tiles([&](int first, int rows) { embed<T>(d, w.ends, place, first, rows, w.field.n, w.x); });
+  for (int k = 0; k < d.blocks; ++k) {
+    const NeuralField f = block_field<T>(d, k, w.x + k * size);
+    pad<T>(f.norm_weight, channels, w.field.norm_weight);
+    pack_weights<T>(f, plan, patch, w.field);
+    for_tiles([&](int first, int) {
+      forward_tile<T, Act>(f, plan, w.field, patch, first, {w.x + (k + 1) * size, 0, channels});
+    });
+  }
+  if (d.final_norm) pad<T>(d.final_norm, channels, w.field.norm_weight);
+  const NeuralField last = block_field<T>(d, 0, w.x + d.blocks * size);
+  for_tiles([&](int first, int rows) { final_backward<T>(d, g, last, w, place, at, sums, first, rows); });
+  for (int k = d.blocks; k-- > 0;) {
+    const NeuralField f = block_field<T>(d, k, w.x + k * size);
+    pad<T>(f.norm_weight, channels, w.field.norm_weight);
+    NeuralFieldGradients gradients{.y = {w.gradient, 0, channels}, .x = {w.gradient, 0, channels}};
+    if (g.generated.data) {
+      const auto target = [&](int index, int width) {
+        return MutableMatrices{matrix<T>(d, g.generated, k, index), g.generated.patch_stride, width};
+      };
+      gradients.w1 = target(d.gated ? 1 : 0, d.hidden);
+      gradients.w2 = target(d.gated ? 2 : 1, channels);
+      if (d.gated) gradients.w_gate = target(0, d.hidden);
+    }
+    backward_patch<T, Act>(f, gradients, plan, w.field, patch, sums ? sums + at.norms + k * channels : nullptr);
+  }
+  for_tiles([&](int first, int rows) { embed_backward<T>(d, g, w, place, at, sums, first, rows); });
+}
+
+// Patches are summed up in this many groups at most, each in order, and then the groups: the same bits on any number
+// of threads. The bytes bound the groups of large tables.
+constexpr std::int64_t kGroups = 64, kGroupBytes = 16 << 20;
+
+template <class T, class Act>
+void backward(const PixelDecoder& d, const PixelDecoderGradients& g) {
+  const NeuralField first_block = block_field<T>(d, 0, nullptr);
+  const Plan<T> plan(first_block, 3, d.gated ? 4 : 2, 192 << 10);
+  Arena<T> measure(nullptr);
+  BackwardWorker<T>(d, first_block, plan, measure);
+  const Sums at(d);
+  std::int64_t groups = d.count;
+  if (g.sums) {
+    const std::int64_t fit = kGroupBytes / (at.total * static_cast<std::int64_t>(sizeof(double)));
+    groups = groups < kGroups ? groups : kGroups;
+    groups = groups < fit ? groups : fit < 1 ? 1 : fit;
+  }
+  const std::size_t bytes = g.sums ? static_cast<std::size_t>(groups * at.total) * sizeof(double) : 1;
+  const Scratch sums_memory(bytes, 1);
+  double* partials = g.sums ? static_cast<double*>(sums_memory.slice(0)) : nullptr;
+  const Scratch scratch(measure.used(), workers_for(groups, d.threads));
+  parallel_for(groups, d.threads, [&](int worker, std::int64_t group) {
+    Arena<T> arena(scratch.slice(worker));
+    BackwardWorker<T> w(d, first_block, plan, arena);
+    double* sums = partials ? partials + group * at.total : nullptr;
+    for (std::int64_t i = 0; sums && i < at.total; ++i) sums[i] = 0;
+    for (std::int64_t patch = group * d.count / groups; patch < (group + 1) * d.count / groups; ++patch) {
+      backward_run<T, Act>(d, g, plan, w, patch, at, sums);
+    }
+  });
+  for (std::int64_t group = 0; partials && group < groups; ++group) {
+    for (std::int64_t i = 0; i < at.total; ++i) g.sums[i] += partials[group * at.total + i];
+  }
+}
+
+}  // namespace
+
+std::int64_t pixel_decoder_sums(const PixelDecoder& decoder) { return Sums(decoder).total; }
+
+void pixel_decoder_forward(const PixelDecoder& decoder, const MutablePlanes& out) {
+  dispatch(decoder.dtype, decoder.activation, [&](auto type, auto act) {
+    forward<typename decltype(type)::type, typename decltype(act)::type>(decoder, out);
+  });
+}
+
+void pixel_decoder_backward(const PixelDecoder& decoder, const PixelDecoderGradients& gradients) {
+  dispatch(decoder.dtype, decoder.activation, [&](auto type, auto act) {
+    backward<typename decltype(type)::type, typename decltype(act)::type>(decoder, gradients);
+  });
+}
+
+}  // namespace pixnerd::PIXNERD_ISA

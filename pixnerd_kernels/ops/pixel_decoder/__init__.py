@@ -1,0 +1,374 @@
+"""The pixel decoder: embedding, every neural-field block and the output layer, in chunks of patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixnerd_kernels import backends
+from pixnerd_kernels.checks import Problems, describe
+from pixnerd_kernels.ops.coordinate_encoding import coordinate_encoding
+from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
+from pixnerd_kernels.ops.native import dense_rows
+from pixnerd_kernels.ops.neural_field_mlp import WEIGHTS, _autocast
+from pixnerd_kernels.ops.pixel_decoder import chunks, reference
+from pixnerd_kernels.ops.pixel_decoder.params import (
+    DecoderBlockParams,
+    DecoderParams,
+    check_params,
+    max_freqs,
+    small_dtype,
+)
+
+__all__ = ["DecoderBlockParams", "DecoderParams", "pixel_decoder", "scaled_patch"]
+
+
+def scaled_patch(patch_size: int, decoder_scale: Sequence[float]) -> tuple[int, int]:
+    """Pixels of a decoded patch (height, width): int(P * sh) x int(P * sw), exact for a scale of n / P."""
+    height, width = (int(patch_size * scale + 1e-6) for scale in decoder_scale)
+    return height, width
+
+
+def pixel_decoder(
+    image: Tensor,
+    hidden: Tensor,
+    decoder_params: DecoderParams,
+    *,
+    patch_size: int,
+    decoder_scale: Sequence[float] = (1.0, 1.0),
+    workspace: int | str | None = "auto",
+    save_weights: bool = False,
+) -> Tensor:
+    r"""The pixel head: noisy image and hidden states to the velocity image, one neural field per patch.
+
+        x = pixel Wpᵀ + (encoding Weᵀ + b)                 the bracket is one table [P², D1] for all patches
+        x = neural_field_mlp_packed(x, hidden Gᵀ + g)      for every block, with generator G and its bias g
+        velocity = linear(norm(x))                         each where decoder_params has it
+
+    Patches are decoded in chunks: the weights of a chunk's patches are generated, used and forgotten, and backward
+    generates them again, so that memory depends neither on the resolution nor on the batch.
+
+    Args:
+        image: [B, C, H, W], any strides; read in place.
+        hidden: [B, L, D], activated; row y * (W / w) + x is the patch at (y, x). image's dtype.
+        decoder_params: the parameters and what kind of decoder they make.
+        patch_size: P, the pixels along the side of a patch.
+        decoder_scale: (sh, sw); a patch has int(P * sh) x int(P * sw) pixels, which H and W must be multiples of.
+        workspace: bytes that generated weights may take at a time (their gradients take the same place); None
+            decodes all patches at once; "auto" is 64 MiB. A chunk has at least one patch.
+        save_weights: keep the generated weights for backward, which is then faster by one product in four.
+
+    Returns:
+        [B, C_out, H, W] in image's dtype, contiguous; the D1 features where decoder_params has no linear_weight.
+        float32 and float64 accumulate in their own dtype; bfloat16 and float16 in float32, with the generated
+        weights and their gradients rounded to the dtype. B = 0 gives an empty result.
+
+    Gradients flow to image, hidden and every parameter, and only those needed are computed. Saved for backward:
+    image, hidden and the parameters, and with `save_weights` the generated weights. Gradients of the generators add
+    up over chunks in float32 (float64). Deterministic: the same input gives the same bits, on any number of threads;
+    another workspace may round the gradients of the parameters differently. Differentiating twice raises RuntimeError.
+    Under autocast image, hidden and the generators are cast to the autocast dtype first; the result has it.
+
+    Raises:
+        TypeError, ValueError: every problem with the arguments at once.
+        NotImplementedError: a forced backend (`use_backend`) cannot run; lists every reason.
+
+    Source: PixNerd (arXiv 2507.23268), section 3, and its official class-to-image and text-to-image models, whose
+    linear layer on pixel and encoding concatenated is split into the two terms above; Chroma1-Radiance's pixel head.
+    """
+    problems = Problems("pixel_decoder")
+    readable = problems.tensor("image", image, 4, "[B, C, H, W]")
+    readable &= problems.tensor("hidden", hidden, 3, "[B, L, D]")
+    problems.same_device("image", image, [("hidden", hidden)])
+    patch = _check_patch(problems, patch_size, decoder_scale)
+    limit = _check_workspace(problems, workspace)
+    if not isinstance(save_weights, bool):
+        problems.add_type("save_weights", "True or False", save_weights)
+    if readable:
+        if patch:
+            _check_tokens(problems, image, hidden, patch)
+        check_params(problems, decoder_params, image, hidden)
+        problems.same_dtype("image", image, [("hidden", hidden)])
+    problems.raise_if_any()
+    assert patch is not None
+    params = decoder_params
+    generators = [block.generator_weight for block in params.blocks]
+    biases = [block.generator_bias for block in params.blocks if block.generator_bias is not None]
+    table = _table(params, image, patch)
+    image, hidden, *generated = _autocast(image, hidden, *generators, *biases)
+    generators, biases = generated[: len(generators)], generated[len(generators) :]
+    small = [params.norm_weight, params.linear_weight, params.linear_bias]
+    small += [params.embed_weight, *(block.norm_weight for block in params.blocks)]
+    wants_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (image, hidden, table, *generators, *biases, *small)
+    )
+    out: Tensor
+    out, _ = torch.ops.pixnerd.pixel_decoder(
+        image, hidden, params.embed_weight[:, : image.shape[1]], table,
+        generators, biases, [block.norm_weight for block in params.blocks],
+        params.norm_weight, params.linear_weight, params.linear_bias,
+        patch, params.gated, [name in params.normalize for name in WEIGHTS], params.activation,
+        params.norm_eps, params.weight_eps, limit, save_weights and wants_gradient, backends.forced_backend(),
+    )  # fmt: skip
+    return out
+
+
+def _check_patch(
+    problems: Problems, patch_size: object, decoder_scale: Sequence[float]
+) -> tuple[int, int] | None:
+    """Height and width of a patch in pixels, where they can be told."""
+    counted = problems.count("patch_size", patch_size)
+    if not isinstance(decoder_scale, (tuple, list)) or len(decoder_scale) != 2:
+        problems.add_type("decoder_scale", "a pair (sh, sw)", decoder_scale)
+        return None
+    before = len(problems.lines)
+    for scale in decoder_scale:
+        problems.number("decoder_scale", scale)
+    if not counted or len(problems.lines) > before:
+        return None
+    assert isinstance(patch_size, int)
+    height, width = scaled_patch(patch_size, decoder_scale)
+    if not height or not width:
+        problems.add("decoder_scale", "at least one pixel a patch", decoder_scale)
+        return None
+    return height, width
+
+
+def _check_workspace(problems: Problems, workspace: object) -> int:
+    if workspace is None:
+        return chunks.UNCHUNKED
+    if isinstance(workspace, str):
+        problems.choice("workspace", workspace, ["auto"])
+        return chunks.AUTO
+    problems.count("workspace", workspace, maximum=2**62)
+    return workspace  # type: ignore[return-value]
+
+
+def _check_tokens(problems: Problems, image: Tensor, hidden: Tensor, patch: tuple[int, int]) -> None:
+    height, width = patch
+    if image.shape[2] % height or image.shape[3] % width or 0 in image.shape[1:]:
+        problems.add(
+            "image", f"C above 0, and H and W multiples of the patch of {height} x {width} pixels", image
+        )
+        return
+    expected = (image.shape[0], (image.shape[2] // height) * (image.shape[3] // width))
+    if tuple(hidden.shape[:2]) != expected:
+        problems.add("hidden", f"[{expected[0]}, {expected[1]}, D], a row for every patch", hidden)
+
+
+def _table(params: DecoderParams, image: Tensor, patch: tuple[int, int]) -> Tensor:
+    """encoding Weᵀ + b [P², D1], in the dtype that everything small is computed in."""
+    height, width = patch
+    dtype = small_dtype(image.dtype)
+    scale = None
+    if params.encoding_extent is not None:
+        scale = (params.encoding_extent / width, params.encoding_extent / height)
+    encoding = coordinate_encoding(
+        height,
+        width,
+        max_freqs(params, image),
+        params.encoding,
+        scale=scale,
+        device=image.device,
+        dtype=dtype,
+    )
+    weight = params.embed_weight[:, image.shape[1] :].to(dtype)
+    bias = None if params.embed_bias is None else params.embed_bias.to(dtype)
+    with torch.autocast(image.device.type, enabled=False):
+        return F.linear(encoding, weight, bias)
+
+
+def _backend(image: Tensor, forced: str) -> Any:
+    """The module that runs the op's chunks."""
+    if backends.select("pixel_decoder", image.device, image.dtype, forced) == "cpu":
+        from pixnerd_kernels.ops.pixel_decoder import cpu
+
+        return cpu
+    return reference
+
+
+def _call(
+    image, hidden, pixel_weight, table, generators, biases, norms, final_norm, linear_weight, linear_bias,
+    patch, gated, normalize, activation, norm_eps, weight_eps, workspace,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Exported programs and graph passes call the op without the public function's checks: what the core relies on
+    is checked once more."""
+    rows = [generator.shape for generator in generators]
+    grid = (image.shape[2] // patch[0]) * (image.shape[3] // patch[1])
+    fits = {
+        "hidden": hidden.shape[:2] == (image.shape[0], grid),
+        "pixel_weight": pixel_weight.shape[1] == image.shape[1],
+        "table": table.shape == (patch[0] * patch[1], pixel_weight.shape[0]),
+        "generators": len(set(rows)) == 1 and rows[0][1] == hidden.shape[2],
+        "norms": [n.shape for n in norms] == [pixel_weight.shape[:1]] * len(rows),
+        "biases": not biases or [b.shape for b in biases] == [rows[0][:1]] * len(rows),
+        "final_norm": final_norm is None or final_norm.shape == pixel_weight.shape[:1],
+        "linear_weight": linear_weight is None or linear_weight.shape[1:] == pixel_weight.shape[:1],
+        "linear_bias": linear_bias is None or linear_bias.shape == linear_weight.shape[:1],
+        "dtypes": {image.dtype} == {t.dtype for t in (hidden, *generators, *biases)},
+    }
+    if wrong := [name for name, fit in fits.items() if not fit]:
+        raise ValueError(f"pixel_decoder: {', '.join(wrong)} do not fit the image {describe(image)}")
+    return chunks.Call(
+        image, dense_rows(hidden), pixel_weight, table, generators, biases, norms,
+        final_norm, linear_weight, linear_bias,
+        tuple(patch), gated, normalize, activation, norm_eps, weight_eps, workspace,
+    )  # fmt: skip
+
+
+_TENSORS = 10  # arguments of the op that hold tensors: image to linear_bias
+
+
+def _forward(*arguments):  # type: ignore[no-untyped-def]
+    *arguments, save_weights, forced = arguments
+    call = _call(*arguments)
+    # Autocast has cast the inputs already; inside the op it would round intermediates.
+    with torch._C._DisableAutocast():
+        return chunks.forward(_backend(call.image, forced), call, save_weights)
+
+
+def _backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
+    *arguments, _, forced = arguments
+    call = _call(*arguments)
+    if (
+        grad.shape != (call.image.shape[0], call.out_channels, *call.image.shape[2:])
+        or grad.dtype != call.image.dtype
+    ):
+        raise ValueError(f"grad: expected the result's shape and dtype, got {describe(grad)}")
+    image, hidden, pixel_weight, table, *rest = needs
+    count, biases = len(call.generators), len(call.biases)
+    wanted = chunks.Needs(
+        image,
+        hidden,
+        rest[:count],
+        rest[count : count + biases],
+        any((pixel_weight, table, *rest[count + biases :])),
+    )
+    with torch._C._DisableAutocast():
+        found = chunks.backward(_backend(call.image, forced), call, grad, saved, wanted)
+    shared = _shared_gradients(call, found.sums)
+    own = [
+        found.image,
+        found.hidden,
+        shared["pixel_weight"],
+        shared["table"],
+        *found.generators,
+        *found.biases,
+    ]
+    own += [*shared["norms"], shared["final_norm"], shared["linear_weight"], shared["linear_bias"]]
+    flat = _flatten(arguments[:_TENSORS])
+    return [
+        _gradient_like(gradient if need else None, tensor, call.image)
+        for gradient, need, tensor in zip(own, needs, flat, strict=True)
+    ]
+
+
+def _shared_gradients(call: chunks.Call, sums: Tensor | None) -> dict[str, Any]:
+    """The summed gradients by name in their parameters' shapes; None for those that there are not."""
+    names = ("table", "pixel_weight", "final_norm", "linear_weight", "linear_bias")
+    found: dict[str, Any] = dict.fromkeys(names)
+    found["norms"] = [None] * len(call.norms)
+    if sums is not None:
+        at = 0
+        for name, shape in call.sums():
+            size = torch.Size(shape).numel()
+            found[name] = sums[at : at + size].view(shape)
+            at += size
+        found["pixel_weight"] = found["pixel_weight"].mT
+        found["norms"] = list(found["norms"])
+    return found
+
+
+def _gradient_like(gradient: Tensor | None, tensor: Tensor | None, image: Tensor) -> Tensor:
+    """Ops return tensors: an absent gradient is an empty one."""
+    if gradient is None or tensor is None:
+        return image.new_empty(0)
+    return gradient.to(tensor.dtype).contiguous()
+
+
+def _flatten(tensors: Sequence[Any]) -> list[Tensor | None]:
+    """image, hidden, pixel_weight, table, the generators, the biases, the norms, and the three that may be None."""
+    flat: list[Tensor | None] = []
+    for tensor in tensors:
+        flat.extend(tensor if isinstance(tensor, (list, tuple)) else [tensor])
+    return flat
+
+
+def _fake_forward(*arguments):  # type: ignore[no-untyped-def]
+    image, hidden, pixel_weight, _, generators, _, _, _, linear_weight, *_ = arguments
+    save_weights = arguments[-2]
+    channels = pixel_weight.shape[0] if linear_weight is None else linear_weight.shape[0]
+    out = image.new_empty(image.shape[0], channels, *image.shape[2:])
+    if not save_weights:
+        return out, hidden.new_empty(0)
+    patches = hidden.shape[0] * hidden.shape[1]
+    return out, hidden.new_empty(len(generators), patches, generators[0].shape[0])
+
+
+def _fake_backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
+    flat = _flatten(arguments[:_TENSORS])
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        if t is not None and need
+        else grad.new_empty(0)
+        for t, need in zip(flat, needs, strict=True)
+    ]
+
+
+_ARGUMENTS = (
+    "Tensor image, Tensor hidden, Tensor pixel_weight, Tensor table, Tensor[] generators, Tensor[] biases, "
+    "Tensor[] norms, Tensor? final_norm, Tensor? linear_weight, Tensor? linear_bias, int[] patch, bool gated, "
+    "bool[] normalize, str activation, float norm_eps, float weight_eps, int workspace, bool save_weights, str forced"
+)
+register(f"pixel_decoder({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
+register(
+    f"pixel_decoder_backward(Tensor grad, Tensor saved, bool[] needs, {_ARGUMENTS}) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
+
+
+class _PixelDecoder(torch.autograd.Function):
+    """Takes the op's tensors one by one: autograd does not look into lists."""
+
+    @staticmethod
+    def forward(ctx, counts, options, *flat):  # type: ignore[no-untyped-def]
+        ctx.counts, ctx.options = counts, options
+        with torch._C._AutoDispatchBelowAutograd():
+            out, saved = torch.ops.pixnerd.pixel_decoder(*_regroup(counts, flat), *options)
+        ctx.save_for_backward(saved, *flat)
+        ctx.mark_non_differentiable(saved)
+        return out, saved
+
+    @staticmethod
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+        saved, *flat = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[2:])
+        gradients = torch.ops.pixnerd.pixel_decoder_backward(
+            grad, saved, needs, *_regroup(ctx.counts, flat), *ctx.options
+        )
+        return (None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True)))
+
+
+def _regroup(counts: Sequence[int], flat: Sequence[Tensor | None]) -> list[Any]:
+    """The inverse of `_flatten`; counts are the lengths of the three lists."""
+    grouped: list[Any] = list(flat[:4])
+    at = 4
+    for count in counts:
+        grouped.append(list(flat[at : at + count]))
+        at += count
+    return [*grouped, *flat[at:]]
+
+
+def _autograd(*arguments):  # type: ignore[no-untyped-def]
+    tensors, options = arguments[:_TENSORS], arguments[_TENSORS:]
+    counts = tuple(len(tensors[i]) for i in (4, 5, 6))
+    return _PixelDecoder.apply(counts, options, *_flatten(tensors))
+
+
+register_autograd("pixel_decoder", _autograd)
+refuse_gradients("pixel_decoder_backward")

@@ -1,0 +1,234 @@
+"""The pixel decoder chunk by chunk: generate the weights of some patches, decode them, forget them.
+
+Shared by all backends. One of them is a module with
+
+    generate(hidden, weight, bias, out)                out [n, G] = hidden @ weightᵀ + bias
+    weight_gradient(total, d_generated, hidden, add)   total [G, D] (+)= d_generatedᵀ @ hidden
+    hidden_gradient(total, d_generated, weight, add)   total [n, D] (+)= d_generated @ weight
+    forward(call, generated, first, out)
+    backward(call, generated, first, grad, d_image, d_generated, sums)
+
+where generated [blocks, n, G] are the weights of patches first ... first + n, and sums collects the gradients of what
+all patches share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels.ops.neural_field_mlp.reference import compute_dtype
+
+AUTO, UNCHUNKED = -1, 0
+
+#: Bytes of generated weights that live at once by default.
+DEFAULT_WORKSPACE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Call:
+    """The op's arguments, checked, with what follows from them."""
+
+    image: Tensor  # [B, C, H, W]
+    hidden: Tensor  # [B, L, D]
+    pixel_weight: Tensor  # [D1, C]
+    table: Tensor  # [S, D1]
+    generators: Sequence[Tensor]  # [G, D] of each block
+    biases: Sequence[Tensor]  # [G] of each block, or none
+    norms: Sequence[Tensor]  # [D1] of each block
+    final_norm: Tensor | None
+    linear_weight: Tensor | None
+    linear_bias: Tensor | None
+    patch: tuple[int, int]  # pixels, height and width
+    gated: bool
+    normalize: Sequence[bool]
+    activation: str
+    norm_eps: float
+    weight_eps: float
+    workspace: int
+
+    @property
+    def patches(self) -> int:
+        return self.hidden.shape[0] * self.hidden.shape[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of an image, vertically and horizontally."""
+        return self.image.shape[2] // self.patch[0], self.image.shape[3] // self.patch[1]
+
+    @property
+    def channels(self) -> int:
+        return self.pixel_weight.shape[0]
+
+    @property
+    def field_hidden(self) -> int:
+        """D2."""
+        return self.generators[0].shape[0] // ((3 if self.gated else 2) * self.channels)
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels if self.linear_weight is None else self.linear_weight.shape[0]
+
+    @property
+    def states(self) -> Tensor:
+        """hidden as [N, D]."""
+        return self.hidden.flatten(0, 1)
+
+    def sums(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of the gradients that are summed over all patches, in the order of their memory."""
+        channels, inputs = self.pixel_weight.shape
+        named: list[tuple[str, tuple[int, ...]]] = [
+            ("table", tuple(self.table.shape)),
+            ("pixel_weight", (inputs, channels)),  # transposed
+            ("norms", (len(self.norms), channels)),
+            ("final_norm", (channels,)),
+        ]
+        if self.linear_weight is not None:
+            named += [
+                ("linear_weight", tuple(self.linear_weight.shape)),
+                ("linear_bias", (self.out_channels,)),
+            ]
+        return named
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are wanted."""
+
+    image: bool
+    hidden: bool
+    generators: Sequence[bool]
+    biases: Sequence[bool]
+    shared: bool  # any of what all patches share
+
+    @property
+    def generated(self) -> bool:
+        return self.hidden or any(self.generators) or any(self.biases)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """In the inputs' dtypes; None where not wanted. `sums` in float64, in `Call.sums`' order."""
+
+    image: Tensor | None
+    hidden: Tensor | None
+    generators: list[Tensor | None]
+    biases: list[Tensor | None]
+    sums: Tensor | None
+
+
+def chunk_size(patches: int, patch_bytes: int, workspace: int) -> int:
+    """Patches of a chunk whose generated weights (patch_bytes each) fit the workspace; one at least.
+
+    The time of a chunk is that of its products, which read the generators' own weights once for every chunk, so
+    fewer chunks are faster until the weights of a chunk leave the cache anyway; patches are shared out evenly.
+    """
+    if workspace == UNCHUNKED:
+        return max(patches, 1)
+    limit = DEFAULT_WORKSPACE if workspace == AUTO else workspace
+    most = max(limit // max(patch_bytes, 1), 1)
+    chunks = max(-(-patches // most), 1)
+    return max(-(-patches // chunks), 1)
+
+
+def _chunks(call: Call) -> Iterator[tuple[int, int]]:
+    """First patch and number of patches of each chunk."""
+    row = sum(generator.shape[0] for generator in call.generators)
+    size = chunk_size(call.patches, row * call.hidden.element_size(), call.workspace)
+    for first in range(0, call.patches, size):
+        yield first, min(size, call.patches - first)
+
+
+def _room(call: Call) -> Tensor:
+    """Memory for the generated weights of the largest chunk."""
+    largest = max((count for _, count in _chunks(call)), default=0)
+    return call.hidden.new_empty(len(call.generators), largest, call.generators[0].shape[0])
+
+
+def _generate(backend: Any, call: Call, first: int, out: Tensor) -> None:
+    states = call.states[first : first + out.shape[1]]
+    biases = call.biases or [None] * len(call.generators)
+    for block, (weight, bias) in enumerate(zip(call.generators, biases, strict=True)):
+        backend.generate(states, weight, bias, out[block])
+
+
+def forward(backend: Any, call: Call, save_weights: bool) -> tuple[Tensor, Tensor]:
+    """The result [B, C_out, H, W], and the generated weights [blocks, N, G] or an empty tensor."""
+    batch, _, height, width = call.image.shape
+    out = call.image.new_empty(batch, call.out_channels, height, width)
+    saved = call.hidden.new_empty(0)
+    if save_weights:
+        saved = call.hidden.new_empty(len(call.generators), call.patches, call.generators[0].shape[0])
+    room = saved if save_weights else _room(call)
+    for first, count in _chunks(call):
+        generated = room[:, first : first + count] if save_weights else room[:, :count]
+        _generate(backend, call, first, generated)
+        backend.forward(call, generated, first, out)
+    return out, saved
+
+
+def backward(backend: Any, call: Call, grad: Tensor, saved: Tensor, needs: Needs) -> Gradients:
+    """Every wanted gradient; `saved` holds the generated weights or is empty."""
+    image, hidden = call.image, call.hidden
+    compute = compute_dtype(hidden.dtype)
+    d_image = torch.empty_like(image, memory_format=torch.contiguous_format) if needs.image else None
+    d_states = hidden.new_empty(call.patches, hidden.shape[2]) if needs.hidden else None
+    weights = [
+        torch.empty_like(w, dtype=compute, memory_format=torch.contiguous_format) if need else None
+        for w, need in zip(call.generators, needs.generators, strict=True)
+    ]
+    biases = [
+        torch.zeros_like(b, dtype=compute) if need else None
+        for b, need in zip(call.biases, needs.biases, strict=True)
+    ]
+    sums = None
+    if needs.shared:
+        size = sum(torch.Size(shape).numel() for _, shape in call.sums())
+        sums = torch.zeros(size, dtype=torch.float64, device=image.device)
+    has_saved = bool(saved.numel())
+    room = _room(call) if needs.generated or not has_saved else None
+    for first, count in _chunks(call):
+        if has_saved:
+            generated = saved[:, first : first + count]
+        else:
+            assert room is not None
+            generated = room[:, :count]
+            _generate(backend, call, first, generated)
+        # Without saved weights their gradient takes their place.
+        d_generated = room[:, :count] if room is not None and needs.generated else None
+        backend.backward(call, generated, first, grad, d_image, d_generated, sums)
+        if d_generated is None:
+            continue
+        states = call.states[first : first + count]
+        for block, total in enumerate(weights):
+            if total is not None:
+                backend.weight_gradient(total, d_generated[block], states, first > 0)
+        for block, total in enumerate(biases):
+            if total is not None:
+                total += d_generated[block].sum(0, dtype=compute)
+        if d_states is not None:
+            _hidden_gradient(backend, call, d_generated, d_states[first : first + count])
+    if not call.patches:
+        for total in (*weights, d_image, d_states):
+            if total is not None:
+                total.zero_()
+    return Gradients(
+        d_image,
+        None if d_states is None else d_states.view(hidden.shape),
+        [None if t is None else t.to(hidden.dtype) for t in weights],
+        [None if t is None else t.to(hidden.dtype) for t in biases],
+        sums,
+    )
+
+
+def _hidden_gradient(backend: Any, call: Call, d_generated: Tensor, out: Tensor) -> None:
+    compute = compute_dtype(out.dtype)
+    total = out if out.dtype == compute else torch.empty_like(out, dtype=compute)
+    for block, weight in enumerate(call.generators):
+        backend.hidden_gradient(total, d_generated[block], weight, block > 0)
+    if total is not out:
+        out.copy_(total)

@@ -1,0 +1,137 @@
+"""Hands the tensors of `pixel_decoder` to csrc/matmul and csrc/pixel_decoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels.backends import native
+from pixnerd_kernels.ops.native import ABSENT, DTYPES, Strided, dense_rows, strided
+from pixnerd_kernels.ops.neural_field_mlp.cpu import ACTIVATIONS
+from pixnerd_kernels.ops.neural_field_mlp.reference import compute_dtype
+from pixnerd_kernels.ops.pixel_decoder import reference
+
+if TYPE_CHECKING:
+    from pixnerd_kernels.ops.pixel_decoder.chunks import Call
+
+
+def _operand(tensor: Tensor) -> Strided:
+    """A matrix by address and strides; those of a dimension of one do not matter, and may be anything in torch."""
+    row, column = (1 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), row, column
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> None:
+    """out (+)= a @ b + bias, accumulated in the computed dtype. Each matrix has neighbours along one dimension."""
+    native().matmul(
+        rows=a.shape[0],
+        columns=b.shape[1],
+        depth=a.shape[1],
+        a=_operand(a),
+        a_dtype=DTYPES[a.dtype],
+        b=_operand(b),
+        b_dtype=DTYPES[b.dtype],
+        bias=0 if bias is None else bias.data_ptr(),
+        c=out.data_ptr(),
+        row_stride=out.stride(0),
+        dtype=DTYPES[out.dtype],
+        accumulate=add,
+        threads=torch.get_num_threads(),
+    )
+
+
+def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [n, G] = hidden @ weightᵀ + bias.
+
+    Half types take torch's product: it uses the processor's bfloat16 instructions where there are any.
+    """
+    if hidden.dtype != compute_dtype(hidden.dtype):
+        reference.generate(hidden, weight, bias, out)
+        return
+    bias = None if bias is None else dense_rows(bias)
+    _matmul(dense_rows(hidden), dense_rows(weight).mT, out, bias)
+
+
+def weight_gradient(total: Tensor, d_generated: Tensor, hidden: Tensor, add: bool) -> None:
+    """total [G, D] (+)= d_generatedᵀ @ hidden, in the computed dtype for half types too."""
+    _matmul(d_generated.mT, dense_rows(hidden), total, add=add)
+
+
+def hidden_gradient(total: Tensor, d_generated: Tensor, weight: Tensor, add: bool) -> None:
+    """total [n, D] (+)= d_generated @ weight."""
+    _matmul(d_generated, dense_rows(weight), total, add=add)
+
+
+def _planes(planes: Tensor | None) -> tuple[int, int, int, int, int]:
+    return (0, 0, 0, 0, 0) if planes is None else (planes.data_ptr(), *planes.stride())
+
+
+def _generated(generated: Tensor | None) -> Strided:
+    return ABSENT if generated is None else strided(generated)
+
+
+def _decoder(call: Call, generated: Tensor, first: int) -> tuple[Any, list[Tensor]]:
+    """The core's description of a run of patches, and the tensors that must outlive it."""
+    compute = compute_dtype(call.image.dtype)
+
+    def dense(tensor: Tensor | None) -> Tensor:
+        return torch.empty(0) if tensor is None else tensor.to(compute).contiguous()
+
+    alive = [
+        dense(call.pixel_weight.mT),
+        dense(call.table),
+        dense(torch.stack(list(call.norms))),
+        dense(call.final_norm),
+        dense(None if call.linear_weight is None else call.linear_weight.mT),
+        dense(call.linear_bias),
+    ]
+    decoder = native().PixelDecoder(
+        first=first,
+        count=generated.shape[1],
+        grid=call.grid,
+        patch=call.patch,
+        sizes=(call.image.shape[1], call.channels, call.field_hidden, call.out_channels),
+        blocks=len(call.generators),
+        gated=call.gated,
+        dtype=DTYPES[call.image.dtype],
+        activation=ACTIVATIONS[call.activation],
+        normalize=call.normalize,
+        norm_eps=call.norm_eps,
+        weight_eps=call.weight_eps,
+        threads=torch.get_num_threads(),
+        image=_planes(call.image),
+        generated=_generated(generated),
+        dense=[tensor.data_ptr() if tensor.numel() else 0 for tensor in alive],
+    )
+    return decoder, alive
+
+
+def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
+    """Write the pixels of the patches in `out` [B, C_out, H, W]."""
+    decoder, alive = _decoder(call, generated, first)
+    native().pixel_decoder_forward(decoder, _planes(out))
+    del alive
+
+
+def backward(
+    call: Call,
+    generated: Tensor,
+    first: int,
+    grad: Tensor,
+    d_image: Tensor | None,
+    d_generated: Tensor | None,
+    sums: Tensor | None,
+) -> None:
+    """Every wanted gradient. d_generated may be `generated` itself."""
+    decoder, alive = _decoder(call, generated, first)
+    assert sums is None or sums.numel() == decoder.sums
+    native().pixel_decoder_backward(
+        decoder,
+        grad=_planes(grad),
+        d_image=_planes(d_image),
+        d_generated=_generated(d_generated),
+        sums=0 if sums is None else sums.data_ptr(),
+    )
+    del alive

@@ -1,0 +1,157 @@
+"""The pixel decoder in plain PyTorch: the truth that every other backend is measured against.
+
+    x = pixel @ pixel_weightᵀ + table[position]
+    x = block_k(x)                                     for every block; see neural_field_mlp's reference
+    out = norm(x) @ linear_weightᵀ + linear_bias       norm and the linear layer each where they are given
+
+with the blocks' weights generated from the patch's hidden state, hidden @ generator_weightᵀ + generator_bias, in
+hidden's dtype. Everything else is computed in float32 for bfloat16 and float16, in the dtype itself otherwise, and
+rounded once at the end. Source: PixNerd (arXiv 2507.23268), section 3, and its official code; Chroma1-Radiance.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixnerd_kernels.ops.neural_field_mlp import reference as field
+from pixnerd_kernels.ops.neural_field_mlp import split_params
+
+if TYPE_CHECKING:
+    from pixnerd_kernels.ops.pixel_decoder.chunks import Call
+
+
+def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [n, G] = hidden @ weightᵀ + bias."""
+    if bias is None:
+        torch.mm(hidden, weight.mT, out=out)
+    else:
+        torch.addmm(bias, hidden, weight.mT, out=out)
+
+
+def weight_gradient(total: Tensor, d_generated: Tensor, hidden: Tensor, add: bool) -> None:
+    """total [G, D] (+)= d_generatedᵀ @ hidden."""
+    _accumulate(total, d_generated.mT, hidden, add)
+
+
+def hidden_gradient(total: Tensor, d_generated: Tensor, weight: Tensor, add: bool) -> None:
+    """total [n, D] (+)= d_generated @ weight."""
+    _accumulate(total, d_generated, weight, add)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    if total.dtype != a.dtype:
+        product = torch.mm(a, b)
+        total.add_(product) if add else total.copy_(product)
+    elif add:
+        total.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=total)
+
+
+def _grid(call: Call, planes: Tensor) -> Tensor:
+    """planes [B, C, H, W] as a view [B, rows, columns, C, height, width]."""
+    height, width = call.patch
+    return planes.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
+
+
+def _places(call: Call, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, row and column of patches first ... first + count."""
+    rows, columns = call.grid
+    patch = torch.arange(first, first + count, device=call.image.device)
+    return patch // (rows * columns), patch // columns % rows, patch % columns
+
+
+def _read(call: Call, planes: Tensor, first: int, count: int) -> Tensor:
+    """[n, S, C] in the computed dtype."""
+    pixels = _grid(call, planes)[_places(call, first, count)]
+    return pixels.flatten(2).mT.to(field.compute_dtype(planes.dtype))
+
+
+def _write(call: Call, planes: Tensor, first: int, values: Tensor) -> None:
+    """The inverse of `_read`."""
+    values = values.mT.unflatten(2, call.patch).to(planes.dtype)
+    _grid(call, planes)[_places(call, first, len(values))] = values
+
+
+def _fields(call: Call, generated: Tensor) -> list[tuple[Any, ...]]:
+    """The arguments of each block's field after x and up to weight_eps."""
+    compute = field.compute_dtype(generated.dtype)
+    options = (call.normalize, call.activation, True, call.norm_eps, call.weight_eps)
+    return [
+        (
+            *split_params(weights.to(compute), call.channels, call.field_hidden, call.gated),
+            norm.to(compute),
+            *options,
+        )
+        for weights, norm in zip(generated, call.norms, strict=True)
+    ]
+
+
+def _run(call: Call, generated: Tensor, first: int) -> list[Tensor]:
+    """x [n, S, D1] before each block, and after the last."""
+    pixels = _read(call, call.image, first, generated.shape[1])
+    x = [F.linear(pixels, call.pixel_weight.to(pixels.dtype)) + call.table.to(pixels.dtype)]
+    for arguments in _fields(call, generated):
+        x.append(field.forward(x[-1], *arguments))
+    return x
+
+
+def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
+    """Write the pixels of the patches in `out` [B, C_out, H, W]."""
+    x = _run(call, generated, first)[-1]
+    norm = None if call.final_norm is None else call.final_norm.to(x.dtype)
+    x, _ = field.rms_norm(x, norm, call.norm_eps)
+    if call.linear_weight is not None:
+        bias = None if call.linear_bias is None else call.linear_bias.to(x.dtype)
+        x = F.linear(x, call.linear_weight.to(x.dtype), bias)
+    _write(call, out, first, x)
+
+
+def backward(
+    call: Call,
+    generated: Tensor,
+    first: int,
+    grad: Tensor,
+    d_image: Tensor | None,
+    d_generated: Tensor | None,
+    sums: Tensor | None,
+) -> None:
+    """Gradients in closed form. d_generated may be `generated` itself."""
+    x = _run(call, generated, first)
+    last = x.pop()
+    compute = last.dtype
+    norm = None if call.final_norm is None else call.final_norm.to(compute)
+    n, r = field.rms_norm(last, norm, call.norm_eps)
+    dx = _read(call, grad, first, generated.shape[1])
+    shared: dict[str, Tensor] = {}
+    if call.linear_weight is not None:
+        shared["linear_weight"] = torch.einsum("nso,nsd->od", dx, n)
+        shared["linear_bias"] = dx.sum((0, 1))
+        dx = dx @ call.linear_weight.to(compute)
+    shared["final_norm"] = dx.new_zeros(call.channels)
+    if norm is not None:
+        unit = last * r
+        shared["final_norm"] = (dx * unit).sum((0, 1))
+        dx = dx * norm
+        dx = r * (dx - unit * (dx * unit).mean(-1, keepdim=True))
+    norms = []
+    for block, arguments in reversed(list(enumerate(_fields(call, generated)))):
+        dx, d1, d2, d_gate, d_norm = field.backward(dx, x[block], *arguments)
+        norms.append(d_norm)
+        if d_generated is not None:
+            targets = split_params(d_generated[block], call.channels, call.field_hidden, call.gated)
+            for target, gradient in zip(targets, (d1, d2, d_gate), strict=True):
+                if target is not None:
+                    target.copy_(gradient)
+    shared["norms"] = torch.stack(norms[::-1])
+    shared["table"] = dx.sum(0)
+    pixels = _read(call, call.image, first, generated.shape[1])
+    shared["pixel_weight"] = torch.einsum("nsc,nsd->cd", pixels, dx)
+    if sums is not None:
+        sums += torch.cat([shared[name].flatten() for name, _ in call.sums()])
+    if d_image is not None:
+        _write(call, d_image, first, dx @ call.pixel_weight.to(compute))
