@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnerd_kernels.nn.layers import RMSNorm
-from pixnerd_kernels.ops import coordinate_encoding, neural_field_mlp_packed
+from pixnerd_kernels.ops import DecoderBlockParams, DecoderParams, neural_field_mlp_packed, pixel_decoder
 
 
 class NeuralFieldBlock(nn.Module):
@@ -50,12 +49,6 @@ def unpatchify(patches: Tensor, height: int, width: int, rows: int, columns: int
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * height, columns * width)
 
 
-def scaled_patch(patch_size: int, decoder_scale: tuple[float, float]) -> tuple[int, int]:
-    """Pixels of a decoded patch (height, width): int(P * sh) x int(P * sw), exact for a scale of n / P."""
-    height, width = (int(patch_size * scale + 1e-6) for scale in decoder_scale)
-    return height, width
-
-
 class PixelDecoder(nn.Module):
     """The pixel head: noisy image and hidden states to velocity image, one neural field per patch.
 
@@ -68,6 +61,7 @@ class PixelDecoder(nn.Module):
         extent: for the encoding "rope", the positions that a patch of any size spans along each axis; None is
             the number of its pixels.
         normalize: as in `neural_field_mlp`. final_norm: whether there is the norm after the blocks.
+        workspace, save_weights: as in `pixel_decoder`; attributes that may be changed at any time.
 
     Source: PixNerd (arXiv 2507.23268), section 3, whose linear layer on pixel and encoding concatenated is
     split into the two terms above.
@@ -86,13 +80,17 @@ class PixelDecoder(nn.Module):
         extent: float | None = None,
         normalize: Sequence[str] = ("w1", "w2"),
         final_norm: bool = True,
+        workspace: int | str | None = "auto",
+        save_weights: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.patch_size = patch_size
-        self.max_freqs = max_freqs
         self.encoding = encoding
         self.extent = extent
+        self.normalize = tuple(normalize)
+        self.workspace = workspace
+        self.save_weights = save_weights
         self.embed = nn.Linear(in_channels + max_freqs**2, channels)
         self.blocks = nn.ModuleList(
             NeuralFieldBlock(hidden_size, channels, ratio, normalize) for _ in range(num_blocks)
@@ -104,26 +102,32 @@ class PixelDecoder(nn.Module):
         self, image: Tensor, hidden: Tensor, decoder_scale: tuple[float, float] = (1.0, 1.0)
     ) -> Tensor:
         """image [B, C, H, W], hidden [B, L, D] (activated) -> velocity [B, C, H, W]."""
-        height, width = scaled_patch(self.patch_size, decoder_scale)
-        rows, columns = image.shape[2] // height, image.shape[3] // width
-        x = self._embed(patchify(image, height, width).flatten(0, 1), height, width)
-        states = hidden.flatten(0, 1)
-        for block in self.blocks:
-            x = block(x, states)
-        velocity = self.linear(self.norm(x)).unflatten(0, (-1, rows * columns))
-        return unpatchify(velocity, height, width, rows, columns)
-
-    def _embed(self, pixels: Tensor, height: int, width: int) -> Tensor:
-        """[N, pixels, C] -> [N, pixels, D1]."""
-        weight = self.embed.weight
-        encoding = coordinate_encoding(
-            height,
-            width,
-            self.max_freqs,
-            self.encoding,
-            scale=None if self.extent is None else (self.extent / width, self.extent / height),
-            device=weight.device,
-            dtype=weight.dtype,
+        return pixel_decoder(
+            image,
+            hidden,
+            self.params(),
+            patch_size=self.patch_size,
+            decoder_scale=decoder_scale,
+            workspace=self.workspace,
+            save_weights=self.save_weights,
         )
-        table = F.linear(encoding, weight[:, self.in_channels :], self.embed.bias)
-        return F.linear(pixels, weight[:, : self.in_channels]) + table
+
+    def params(self) -> DecoderParams:
+        """The parameters as `pixel_decoder` takes them."""
+        norm = self.norm if isinstance(self.norm, RMSNorm) else None
+        blocks = [
+            DecoderBlockParams(block.generator.weight, block.generator.bias, block.norm.weight)
+            for block in self.blocks
+            if isinstance(block, NeuralFieldBlock)
+        ]
+        return DecoderParams(
+            embed_weight=self.embed.weight,
+            embed_bias=self.embed.bias,
+            blocks=blocks,
+            norm_weight=None if norm is None else norm.weight,
+            linear_weight=self.linear.weight,
+            linear_bias=self.linear.bias,
+            normalize=self.normalize,
+            encoding=self.encoding,
+            encoding_extent=self.extent,
+        )

@@ -20,6 +20,7 @@ from pixnerd_kernels.ops.pixel_decoder.params import (
     DecoderBlockParams,
     DecoderParams,
     check_params,
+    generated_by,
     max_freqs,
     small_dtype,
 )
@@ -81,6 +82,8 @@ def pixel_decoder(
     linear layer on pixel and encoding concatenated is split into the two terms above; Chroma1-Radiance's pixel head.
     """
     problems = Problems("pixel_decoder")
+    named = generated_by(decoder_params)
+    image, hidden, *generated = _autocast(image, hidden, *(tensor for _, tensor in named))
     readable = problems.tensor("image", image, 4, "[B, C, H, W]")
     readable &= problems.tensor("hidden", hidden, 3, "[B, L, D]")
     problems.same_device("image", image, [("hidden", hidden)])
@@ -92,15 +95,13 @@ def pixel_decoder(
         if patch:
             _check_tokens(problems, image, hidden, patch)
         check_params(problems, decoder_params, image, hidden)
-        problems.same_dtype("image", image, [("hidden", hidden)])
+    names = ["hidden", *(name for name, _ in named)]
+    problems.same_dtype("image", image, list(zip(names, [hidden, *generated], strict=True)))
     problems.raise_if_any()
     assert patch is not None
     params = decoder_params
-    generators = [block.generator_weight for block in params.blocks]
-    biases = [block.generator_bias for block in params.blocks if block.generator_bias is not None]
+    generators, biases = generated[: len(params.blocks)], generated[len(params.blocks) :]
     table = _table(params, image, patch)
-    image, hidden, *generated = _autocast(image, hidden, *generators, *biases)
-    generators, biases = generated[: len(generators)], generated[len(generators) :]
     small = [params.norm_weight, params.linear_weight, params.linear_bias]
     small += [params.embed_weight, *(block.norm_weight for block in params.blocks)]
     wants_gradient = torch.is_grad_enabled() and any(
@@ -191,10 +192,10 @@ def _backend(image: Tensor, forced: str) -> Any:
     return reference
 
 
-def _call(
+def _call(  # type: ignore[no-untyped-def]
     image, hidden, pixel_weight, table, generators, biases, norms, final_norm, linear_weight, linear_bias,
     patch, gated, normalize, activation, norm_eps, weight_eps, workspace,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Exported programs and graph passes call the op without the public function's checks: what the core relies on
     is checked once more."""
     rows = [generator.shape for generator in generators]

@@ -151,7 +151,7 @@ def _room(call: Call) -> Tensor:
 
 def _generate(backend: Any, call: Call, first: int, out: Tensor) -> None:
     states = call.states[first : first + out.shape[1]]
-    biases = call.biases or [None] * len(call.generators)
+    biases: Sequence[Tensor | None] = call.biases or [None] * len(call.generators)
     for block, (weight, bias) in enumerate(zip(call.generators, biases, strict=True)):
         backend.generate(states, weight, bias, out[block])
 

@@ -64,7 +64,7 @@ def hidden_gradient(total: Tensor, d_generated: Tensor, weight: Tensor, add: boo
     _matmul(d_generated, dense_rows(weight), total, add=add)
 
 
-def _planes(planes: Tensor | None) -> tuple[int, int, int, int, int]:
+def _planes(planes: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0, 0) if planes is None else (planes.data_ptr(), *planes.stride())
 
 

@@ -87,10 +87,8 @@ def check_params(problems: Problems, params: object, image: Tensor, hidden: Tens
             problems.add_type(f"blocks[{index}]", "a DecoderBlockParams", block)
         elif channels:
             _check_block(problems, index, params, channels, hidden)
-    tensors = [("embed_weight", params.embed_weight), ("embed_bias", params.embed_bias)]
-    tensors += [("norm_weight", params.norm_weight)]  # type: ignore[list-item]
-    tensors += [("linear_weight", params.linear_weight), ("linear_bias", params.linear_bias)]
-    problems.same_device("image", image, tensors)
+    names = ("embed_weight", "embed_bias", "norm_weight", "linear_weight", "linear_bias")
+    problems.same_device("image", image, [(name, getattr(params, name)) for name in names])
 
 
 def _check_embedding(problems: Problems, params: DecoderParams, image: Tensor) -> int:
@@ -150,10 +148,9 @@ def _check_block(
             problems.add(f"{where}.generator_weight", f"{hidden.shape[2]} columns, hidden's D", weight)
         if weight.shape[0] % unit or not weight.shape[0]:
             problems.add(f"{where}.generator_weight", f"a multiple of {unit} rows (M * D1)", weight)
-        elif isinstance(first, DecoderBlockParams) and isinstance(first.generator_weight, Tensor):
-            if first.generator_weight.dim() == 2 and weight.shape[0] != first.generator_weight.shape[0]:
-                expected = f"as many rows as that of blocks[0] ({first.generator_weight.shape[0]})"
-                problems.add(f"{where}.generator_weight", expected, weight)
+        elif isinstance(first, DecoderBlockParams) and _rows(weight) != _rows(first.generator_weight):
+            expected = f"as many rows as that of blocks[0] ({_rows(first.generator_weight)})"
+            problems.add(f"{where}.generator_weight", expected, weight)
         _vector(problems, f"{where}.generator_bias", block.generator_bias, weight.shape[0], "row")
     if isinstance(first, DecoderBlockParams) and (block.generator_bias is None) != (
         first.generator_bias is None
@@ -162,13 +159,27 @@ def _check_block(
     if problems.tensor(f"{where}.norm_weight", block.norm_weight, 1, "[D1]"):
         _vector(problems, f"{where}.norm_weight", block.norm_weight, channels, "channel")
     own = [(f"{where}.generator_weight", weight), (f"{where}.generator_bias", block.generator_bias)]
-    problems.same_dtype("hidden", hidden, own)
     problems.same_device("hidden", hidden, [*own, (f"{where}.norm_weight", block.norm_weight)])
+
+
+def _rows(weight: object) -> int:
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0
 
 
 def _vector(problems: Problems, name: str, value: Tensor | None, size: int, unit: str) -> None:
     if value is not None and problems.tensor(name, value, 1, f"[{size}]") and value.shape[0] != size:
         problems.add(name, f"[{size}], one for each {unit}", value)
+
+
+def generated_by(params: object) -> list[tuple[str, Tensor]]:
+    """Name and tensor of the generators' weights, and then of their biases; checks nothing."""
+    blocks = (
+        params.blocks if isinstance(params, DecoderParams) and isinstance(params.blocks, Sequence) else ()
+    )
+    known = [(index, block) for index, block in enumerate(blocks) if isinstance(block, DecoderBlockParams)]
+    weights = [(f"blocks[{index}].generator_weight", block.generator_weight) for index, block in known]
+    biases = [(f"blocks[{index}].generator_bias", block.generator_bias) for index, block in known]
+    return [*weights, *((name, bias) for name, bias in biases if bias is not None)]
 
 
 def max_freqs(params: DecoderParams, image: Tensor) -> int:

@@ -138,14 +138,14 @@ def backward(
         shared["final_norm"] = (dx * unit).sum((0, 1))
         dx = dx * norm
         dx = r * (dx - unit * (dx * unit).mean(-1, keepdim=True))
-    norms = []
+    norms: list[Any] = []
     for block, arguments in reversed(list(enumerate(_fields(call, generated)))):
         dx, d1, d2, d_gate, d_norm = field.backward(dx, x[block], *arguments)
         norms.append(d_norm)
         if d_generated is not None:
             targets = split_params(d_generated[block], call.channels, call.field_hidden, call.gated)
             for target, gradient in zip(targets, (d1, d2, d_gate), strict=True):
-                if target is not None:
+                if target is not None and gradient is not None:
                     target.copy_(gradient)
     shared["norms"] = torch.stack(norms[::-1])
     shared["table"] = dx.sum(0)
