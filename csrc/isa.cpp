@@ -11,10 +11,10 @@ namespace pixnerd {
   void neural_field_mlp_backward(const NeuralField&, const NeuralFieldGradients&);                \
   void normalize_weights_forward(const ColumnNorm&, void*);                                       \
   void normalize_weights_backward(const ColumnNorm&, const void*, void*);                         \
-  void matmul(const Product&); \
-  std::int64_t pixel_decoder_sums(const PixelDecoder&); \
-  void pixel_decoder_forward(const PixelDecoder&, const MutablePlanes&); \
-  void pixel_decoder_backward(const PixelDecoder&, const PixelDecoderGradients&); \
+  void matmul(const Product&);                                                                    \
+  std::int64_t pixel_decoder_sums(const PixelDecoder&);                                           \
+  void pixel_decoder_forward(const PixelDecoder&, const MutablePlanes&);                          \
+  void pixel_decoder_backward(const PixelDecoder&, const PixelDecoderGradients&);                 \
   void modulated_rms_norm_forward(const ModulatedNorm&, MutableMatrices, MutableMatrices);        \
   void modulated_rms_norm_backward(const ModulatedNorm&, const ModulatedNormGradients&);          \
   void gated_residual_forward(const GatedResidual&, Matrices, MutableMatrices);                   \
@@ -44,10 +44,10 @@ struct Isa {
    isa::neural_field_mlp_backward,   \
    isa::normalize_weights_forward,   \
    isa::normalize_weights_backward,  \
-   isa::matmul, \
-   isa::pixel_decoder_sums, \
-   isa::pixel_decoder_forward, \
-   isa::pixel_decoder_backward, \
+   isa::matmul,                      \
+   isa::pixel_decoder_sums,          \
+   isa::pixel_decoder_forward,       \
+   isa::pixel_decoder_backward,      \
    isa::modulated_rms_norm_forward,  \
    isa::modulated_rms_norm_backward, \
    isa::gated_residual_forward,      \

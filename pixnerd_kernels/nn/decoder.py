@@ -87,6 +87,7 @@ class PixelDecoder(nn.Module):
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.encoding = encoding
+        self.max_freqs = max_freqs
         self.extent = extent
         self.normalize = tuple(normalize)
         self.workspace = workspace
@@ -129,5 +130,6 @@ class PixelDecoder(nn.Module):
             linear_bias=self.linear.bias,
             normalize=self.normalize,
             encoding=self.encoding,
+            max_freqs=self.max_freqs,
             encoding_extent=self.extent,
         )

@@ -102,6 +102,7 @@ class Case:
             normalize=self.normalize,
             activation=self.activation,
             encoding=self.encoding,
+            max_freqs=self.frequencies,
             encoding_extent=self.extent,
         )
 

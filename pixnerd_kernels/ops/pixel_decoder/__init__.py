@@ -6,23 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems, describe
-from pixnerd_kernels.ops.coordinate_encoding import coordinate_encoding
+from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
 from pixnerd_kernels.ops.native import dense_rows
-from pixnerd_kernels.ops.neural_field_mlp import WEIGHTS, _autocast
+from pixnerd_kernels.ops.neural_field_mlp import WEIGHTS
 from pixnerd_kernels.ops.pixel_decoder import chunks, reference
 from pixnerd_kernels.ops.pixel_decoder.params import (
     DecoderBlockParams,
     DecoderParams,
     check_params,
     generated_by,
-    max_freqs,
-    small_dtype,
 )
 
 __all__ = ["DecoderBlockParams", "DecoderParams", "pixel_decoder", "scaled_patch"]
@@ -83,7 +80,7 @@ def pixel_decoder(
     """
     problems = Problems("pixel_decoder")
     named = generated_by(decoder_params)
-    image, hidden, *generated = _autocast(image, hidden, *(tensor for _, tensor in named))
+    image, hidden, *generated = autocast(image, hidden, *(tensor for _, tensor in named))
     readable = problems.tensor("image", image, 4, "[B, C, H, W]")
     readable &= problems.tensor("hidden", hidden, 3, "[B, L, D]")
     problems.same_device("image", image, [("hidden", hidden)])
@@ -101,18 +98,21 @@ def pixel_decoder(
     assert patch is not None
     params = decoder_params
     generators, biases = generated[: len(params.blocks)], generated[len(params.blocks) :]
-    table = _table(params, image, patch)
-    small = [params.norm_weight, params.linear_weight, params.linear_bias]
-    small += [params.embed_weight, *(block.norm_weight for block in params.blocks)]
+    small = [params.embed_weight, params.embed_bias, *(block.norm_weight for block in params.blocks)]
+    small += [params.norm_weight, params.linear_weight, params.linear_bias]
     wants_gradient = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (image, hidden, table, *generators, *biases, *small)
+        t is not None and t.requires_grad for t in (image, hidden, *generated, *small)
     )
+    scale = (1.0, 1.0)
+    if params.encoding_extent is not None:
+        scale = (params.encoding_extent / patch[1], params.encoding_extent / patch[0])
     out: Tensor
     out, _ = torch.ops.pixnerd.pixel_decoder(
-        image, hidden, params.embed_weight[:, : image.shape[1]], table,
+        image, hidden, params.embed_weight, params.embed_bias,
         generators, biases, [block.norm_weight for block in params.blocks],
         params.norm_weight, params.linear_weight, params.linear_bias,
-        patch, params.gated, [name in params.normalize for name in WEIGHTS], params.activation,
+        patch, params.encoding, params.max_freqs, scale,
+        params.gated, [name in params.normalize for name in WEIGHTS], params.activation,
         params.norm_eps, params.weight_eps, limit, save_weights and wants_gradient, backends.forced_backend(),
     )  # fmt: skip
     return out
@@ -161,28 +161,6 @@ def _check_tokens(problems: Problems, image: Tensor, hidden: Tensor, patch: tupl
         problems.add("hidden", f"[{expected[0]}, {expected[1]}, D], a row for every patch", hidden)
 
 
-def _table(params: DecoderParams, image: Tensor, patch: tuple[int, int]) -> Tensor:
-    """encoding Weᵀ + b [P², D1], in the dtype that everything small is computed in."""
-    height, width = patch
-    dtype = small_dtype(image.dtype)
-    scale = None
-    if params.encoding_extent is not None:
-        scale = (params.encoding_extent / width, params.encoding_extent / height)
-    encoding = coordinate_encoding(
-        height,
-        width,
-        max_freqs(params, image),
-        params.encoding,
-        scale=scale,
-        device=image.device,
-        dtype=dtype,
-    )
-    weight = params.embed_weight[:, image.shape[1] :].to(dtype)
-    bias = None if params.embed_bias is None else params.embed_bias.to(dtype)
-    with torch.autocast(image.device.type, enabled=False):
-        return F.linear(encoding, weight, bias)
-
-
 def _backend(image: Tensor, forced: str) -> Any:
     """The module that runs the op's chunks."""
     if backends.select("pixel_decoder", image.device, image.dtype, forced) == "cpu":
@@ -193,35 +171,38 @@ def _backend(image: Tensor, forced: str) -> Any:
 
 
 def _call(  # type: ignore[no-untyped-def]
-    image, hidden, pixel_weight, table, generators, biases, norms, final_norm, linear_weight, linear_bias,
-    patch, gated, normalize, activation, norm_eps, weight_eps, workspace,
+    image, hidden, embed_weight, embed_bias, generators, biases, norms, final_norm, linear_weight, linear_bias,
+    patch, encoding, max_freqs, scale, gated, normalize, activation, norm_eps, weight_eps, workspace,
 ):  # fmt: skip
     """Exported programs and graph passes call the op without the public function's checks: what the core relies on
     is checked once more."""
     rows = [generator.shape for generator in generators]
     grid = (image.shape[2] // patch[0]) * (image.shape[3] // patch[1])
+    channels = embed_weight.shape[:1]
     fits = {
         "hidden": hidden.shape[:2] == (image.shape[0], grid),
-        "pixel_weight": pixel_weight.shape[1] == image.shape[1],
-        "table": table.shape == (patch[0] * patch[1], pixel_weight.shape[0]),
+        "embed_weight": embed_weight.shape[1] == image.shape[1] + max_freqs**2,
+        "embed_bias": embed_bias is None or embed_bias.shape == channels,
         "generators": len(set(rows)) == 1 and rows[0][1] == hidden.shape[2],
-        "norms": [n.shape for n in norms] == [pixel_weight.shape[:1]] * len(rows),
+        "norms": [n.shape for n in norms] == [channels] * len(rows),
         "biases": not biases or [b.shape for b in biases] == [rows[0][:1]] * len(rows),
-        "final_norm": final_norm is None or final_norm.shape == pixel_weight.shape[:1],
-        "linear_weight": linear_weight is None or linear_weight.shape[1:] == pixel_weight.shape[:1],
+        "final_norm": final_norm is None or final_norm.shape == channels,
+        "linear_weight": linear_weight is None or linear_weight.shape[1:] == channels,
         "linear_bias": linear_bias is None or linear_bias.shape == linear_weight.shape[:1],
         "dtypes": {image.dtype} == {t.dtype for t in (hidden, *generators, *biases)},
     }
     if wrong := [name for name, fit in fits.items() if not fit]:
         raise ValueError(f"pixel_decoder: {', '.join(wrong)} do not fit the image {describe(image)}")
     return chunks.Call(
-        image, dense_rows(hidden), pixel_weight, table, generators, biases, norms,
+        image, dense_rows(hidden), embed_weight, embed_bias, generators, biases, norms,
         final_norm, linear_weight, linear_bias,
-        tuple(patch), gated, normalize, activation, norm_eps, weight_eps, workspace,
+        tuple(patch), encoding, max_freqs, tuple(scale),
+        gated, normalize, activation, norm_eps, weight_eps, workspace,
     )  # fmt: skip
 
 
-_TENSORS = 10  # arguments of the op that hold tensors: image to linear_bias
+#: Arguments of the op that hold tensors: image to linear_bias.
+_TENSORS = 10
 
 
 def _forward(*arguments):  # type: ignore[no-untyped-def]
@@ -240,48 +221,19 @@ def _backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
         or grad.dtype != call.image.dtype
     ):
         raise ValueError(f"grad: expected the result's shape and dtype, got {describe(grad)}")
-    image, hidden, pixel_weight, table, *rest = needs
+    image, hidden, embed_weight, embed_bias, *rest = needs
     count, biases = len(call.generators), len(call.biases)
-    wanted = chunks.Needs(
-        image,
-        hidden,
-        rest[:count],
-        rest[count : count + biases],
-        any((pixel_weight, table, *rest[count + biases :])),
-    )
+    shared = any((embed_weight, embed_bias, *rest[count + biases :]))
+    wanted = chunks.Needs(image, hidden, rest[:count], rest[count : count + biases], shared)
     with torch._C._DisableAutocast():
         found = chunks.backward(_backend(call.image, forced), call, grad, saved, wanted)
-    shared = _shared_gradients(call, found.sums)
-    own = [
-        found.image,
-        found.hidden,
-        shared["pixel_weight"],
-        shared["table"],
-        *found.generators,
-        *found.biases,
-    ]
-    own += [*shared["norms"], shared["final_norm"], shared["linear_weight"], shared["linear_bias"]]
+        first, last = found.shared(call)
+    own = [found.image, found.hidden, *first, *found.generators, *found.biases, *last]
     flat = _flatten(arguments[:_TENSORS])
     return [
         _gradient_like(gradient if need else None, tensor, call.image)
         for gradient, need, tensor in zip(own, needs, flat, strict=True)
     ]
-
-
-def _shared_gradients(call: chunks.Call, sums: Tensor | None) -> dict[str, Any]:
-    """The summed gradients by name in their parameters' shapes; None for those that there are not."""
-    names = ("table", "pixel_weight", "final_norm", "linear_weight", "linear_bias")
-    found: dict[str, Any] = dict.fromkeys(names)
-    found["norms"] = [None] * len(call.norms)
-    if sums is not None:
-        at = 0
-        for name, shape in call.sums():
-            size = torch.Size(shape).numel()
-            found[name] = sums[at : at + size].view(shape)
-            at += size
-        found["pixel_weight"] = found["pixel_weight"].mT
-        found["norms"] = list(found["norms"])
-    return found
 
 
 def _gradient_like(gradient: Tensor | None, tensor: Tensor | None, image: Tensor) -> Tensor:
@@ -292,7 +244,7 @@ def _gradient_like(gradient: Tensor | None, tensor: Tensor | None, image: Tensor
 
 
 def _flatten(tensors: Sequence[Any]) -> list[Tensor | None]:
-    """image, hidden, pixel_weight, table, the generators, the biases, the norms, and the three that may be None."""
+    """image, hidden, the embedding's two, the generators, the biases, the norms, and the three that may be None."""
     flat: list[Tensor | None] = []
     for tensor in tensors:
         flat.extend(tensor if isinstance(tensor, (list, tuple)) else [tensor])
@@ -300,9 +252,9 @@ def _flatten(tensors: Sequence[Any]) -> list[Tensor | None]:
 
 
 def _fake_forward(*arguments):  # type: ignore[no-untyped-def]
-    image, hidden, pixel_weight, _, generators, _, _, _, linear_weight, *_ = arguments
+    image, hidden, embed_weight, _, generators, _, _, _, linear_weight, *_ = arguments
     save_weights = arguments[-2]
-    channels = pixel_weight.shape[0] if linear_weight is None else linear_weight.shape[0]
+    channels = embed_weight.shape[0] if linear_weight is None else linear_weight.shape[0]
     out = image.new_empty(image.shape[0], channels, *image.shape[2:])
     if not save_weights:
         return out, hidden.new_empty(0)
@@ -321,9 +273,10 @@ def _fake_backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-d
 
 
 _ARGUMENTS = (
-    "Tensor image, Tensor hidden, Tensor pixel_weight, Tensor table, Tensor[] generators, Tensor[] biases, "
-    "Tensor[] norms, Tensor? final_norm, Tensor? linear_weight, Tensor? linear_bias, int[] patch, bool gated, "
-    "bool[] normalize, str activation, float norm_eps, float weight_eps, int workspace, bool save_weights, str forced"
+    "Tensor image, Tensor hidden, Tensor embed_weight, Tensor? embed_bias, Tensor[] generators, Tensor[] biases, "
+    "Tensor[] norms, Tensor? final_norm, Tensor? linear_weight, Tensor? linear_bias, int[] patch, str encoding, "
+    "int max_freqs, float[] scale, bool gated, bool[] normalize, str activation, float norm_eps, float weight_eps, "
+    "int workspace, bool save_weights, str forced"
 )
 register(f"pixel_decoder({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
 register(

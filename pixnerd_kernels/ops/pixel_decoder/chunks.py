@@ -14,14 +14,17 @@ all patches share.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pixnerd_kernels.ops.neural_field_mlp.reference import compute_dtype
+from pixnerd_kernels.ops.coordinate_encoding.reference import forward as coordinate_encoding
+from pixnerd_kernels.ops.dtypes import compute_dtype
 
 AUTO, UNCHUNKED = -1, 0
 
@@ -35,8 +38,8 @@ class Call:
 
     image: Tensor  # [B, C, H, W]
     hidden: Tensor  # [B, L, D]
-    pixel_weight: Tensor  # [D1, C]
-    table: Tensor  # [S, D1]
+    embed_weight: Tensor  # [D1, C + K²]
+    embed_bias: Tensor | None  # [D1]
     generators: Sequence[Tensor]  # [G, D] of each block
     biases: Sequence[Tensor]  # [G] of each block, or none
     norms: Sequence[Tensor]  # [D1] of each block
@@ -44,6 +47,9 @@ class Call:
     linear_weight: Tensor | None
     linear_bias: Tensor | None
     patch: tuple[int, int]  # pixels, height and width
+    encoding: str
+    max_freqs: int
+    scale: tuple[float, float]
     gated: bool
     normalize: Sequence[bool]
     activation: str
@@ -62,7 +68,7 @@ class Call:
 
     @property
     def channels(self) -> int:
-        return self.pixel_weight.shape[0]
+        return self.embed_weight.shape[0]
 
     @property
     def field_hidden(self) -> int:
@@ -78,11 +84,32 @@ class Call:
         """hidden as [N, D]."""
         return self.hidden.flatten(0, 1)
 
+    @property
+    def pixel_weight(self) -> Tensor:
+        """[D1, C]."""
+        return self.embed_weight[:, : self.image.shape[1]]
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """The coordinate encoding [S, K²], in the dtype computed in."""
+        height, width = self.patch
+        dtype = compute_dtype(self.image.dtype)
+        return coordinate_encoding(
+            height, width, self.max_freqs, self.encoding, *self.scale, self.image.device, dtype
+        )
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """positions Weᵀ + b [S, D1], what is added to every pixel's embedding."""
+        weight = self.embed_weight[:, self.image.shape[1] :].to(self.positions.dtype)
+        bias = None if self.embed_bias is None else self.embed_bias.to(weight.dtype)
+        return F.linear(self.positions, weight, bias)
+
     def sums(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and shape of the gradients that are summed over all patches, in the order of their memory."""
         channels, inputs = self.pixel_weight.shape
         named: list[tuple[str, tuple[int, ...]]] = [
-            ("table", tuple(self.table.shape)),
+            ("table", (self.patch[0] * self.patch[1], channels)),
             ("pixel_weight", (inputs, channels)),  # transposed
             ("norms", (len(self.norms), channels)),
             ("final_norm", (channels,)),
@@ -119,6 +146,18 @@ class Gradients:
     generators: list[Tensor | None]
     biases: list[Tensor | None]
     sums: Tensor | None
+
+    def shared(self, call: Call) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """In float64: embed_weight and embed_bias; the norms, final_norm, linear_weight and linear_bias."""
+        if self.sums is None:
+            return [None, None], [None] * (len(call.norms) + 3)
+        shapes = call.sums()
+        parts = self.sums.split([torch.Size(shape).numel() for _, shape in shapes])
+        found = {name: part.view(shape) for part, (name, shape) in zip(parts, shapes, strict=True)}
+        table = found["table"]
+        embed_weight = torch.cat([found["pixel_weight"].mT, table.mT @ call.positions.to(table.dtype)], 1)
+        linear = [found.get("linear_weight"), found.get("linear_bias")]
+        return [embed_weight, table.sum(0)], [*found["norms"], found["final_norm"], *linear]
 
 
 def chunk_size(patches: int, patch_bytes: int, workspace: int) -> int:

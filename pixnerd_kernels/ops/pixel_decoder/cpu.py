@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels.backends import native
+from pixnerd_kernels.ops.dtypes import compute_dtype
 from pixnerd_kernels.ops.native import ABSENT, DTYPES, Strided, dense_rows, strided
 from pixnerd_kernels.ops.neural_field_mlp.cpu import ACTIVATIONS
-from pixnerd_kernels.ops.neural_field_mlp.reference import compute_dtype
 from pixnerd_kernels.ops.pixel_decoder import reference
 
 if TYPE_CHECKING:

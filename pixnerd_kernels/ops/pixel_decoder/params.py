@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pixnerd_kernels.checks import Problems
@@ -49,7 +47,7 @@ class DecoderParams:
         linear_weight: [C_out, D1] of the output layer; None returns the D1 features. linear_bias: [C_out] or None.
         gated, normalize, activation, norm_eps, weight_eps: as in `neural_field_mlp`, the same for all blocks;
             norm_eps holds for the final norm too.
-        encoding: `coordinate_encoding`'s kind.
+        encoding, max_freqs: `coordinate_encoding`'s kind, and K.
         encoding_extent: "rope" only: positions span 0 to this along each axis at any patch size (16 in the official
             heavy decoder); None spans 0 to the number of pixels.
     """
@@ -64,6 +62,7 @@ class DecoderParams:
     normalize: Sequence[str] = WEIGHTS
     activation: str = "silu"
     encoding: str = "dct"
+    max_freqs: int = 8
     encoding_extent: float | None = None
     norm_eps: float = 1e-6
     weight_eps: float = 1e-12
@@ -96,10 +95,12 @@ def _check_embedding(problems: Problems, params: DecoderParams, image: Tensor) -
     weight = params.embed_weight
     if not problems.tensor("embed_weight", weight, 2, "[D1, C + K²]"):
         return 0
-    frequencies = weight.shape[1] - image.shape[1]
-    if frequencies < 1 or math.isqrt(frequencies) ** 2 != frequencies:
-        expected = f"{image.shape[1]} columns for the pixel and a square number for the encoding"
+    counted = problems.count("max_freqs", params.max_freqs, maximum=4096)
+    if counted and weight.shape[1] != image.shape[1] + params.max_freqs**2:
+        expected = f"{image.shape[1]} columns for the pixel and {params.max_freqs}² for the encoding"
         problems.add("embed_weight", expected, weight)
+    if counted and params.encoding in ("rope", "sincos") and params.max_freqs % 2:
+        problems.add("max_freqs", f"an even number for encoding {params.encoding!r}", params.max_freqs)
     _vector(problems, "embed_bias", params.embed_bias, weight.shape[0], "channel")
     if not weight.shape[0]:
         problems.add("embed_weight", "at least one channel", weight)
@@ -180,13 +181,3 @@ def generated_by(params: object) -> list[tuple[str, Tensor]]:
     weights = [(f"blocks[{index}].generator_weight", block.generator_weight) for index, block in known]
     biases = [(f"blocks[{index}].generator_bias", block.generator_bias) for index, block in known]
     return [*weights, *((name, bias) for name, bias in biases if bias is not None)]
-
-
-def max_freqs(params: DecoderParams, image: Tensor) -> int:
-    """K, from the columns that are left for the encoding."""
-    return math.isqrt(params.embed_weight.shape[1] - image.shape[1])
-
-
-def small_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that everything but the generators is computed in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pixnerd_kernels.ops.dtypes import compute_dtype
 from pixnerd_kernels.ops.neural_field_mlp import reference as field
 from pixnerd_kernels.ops.neural_field_mlp import split_params
 
@@ -68,7 +69,7 @@ def _places(call: Call, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]
 def _read(call: Call, planes: Tensor, first: int, count: int) -> Tensor:
     """[n, S, C] in the computed dtype."""
     pixels = _grid(call, planes)[_places(call, first, count)]
-    return pixels.flatten(2).mT.to(field.compute_dtype(planes.dtype))
+    return pixels.flatten(2).mT.to(compute_dtype(planes.dtype))
 
 
 def _write(call: Call, planes: Tensor, first: int, values: Tensor) -> None:
@@ -79,7 +80,7 @@ def _write(call: Call, planes: Tensor, first: int, values: Tensor) -> None:
 
 def _fields(call: Call, generated: Tensor) -> list[tuple[Any, ...]]:
     """The arguments of each block's field after x and up to weight_eps."""
-    compute = field.compute_dtype(generated.dtype)
+    compute = compute_dtype(generated.dtype)
     options = (call.normalize, call.activation, True, call.norm_eps, call.weight_eps)
     return [
         (

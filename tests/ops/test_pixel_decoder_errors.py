@@ -1,0 +1,116 @@
+"""pixel_decoder's complaints name the argument, what was expected and what came, all at once."""
+
+import dataclasses
+
+import pytest
+import torch
+from decoders import Case
+
+from pixnerd_kernels import pixel_decoder, use_backend
+
+CASE = Case()
+
+
+def call(changes=None, replaced=None, block=None, **options):
+    """The op with inputs changed by name, fields of its parameters replaced, or fields of the second block."""
+    tensors = {**CASE.inputs(), **(changes or {})}
+    params = dataclasses.replace(CASE.params(tensors), **(replaced or {}))
+    if block:
+        params = dataclasses.replace(
+            params, blocks=[params.blocks[0], dataclasses.replace(params.blocks[1], **block)]
+        )
+    return pixel_decoder(tensors["image"], tensors["hidden"], params, **{"patch_size": 4, **options})
+
+
+WRONG = {
+    "image rank": (
+        {"changes": {"image": torch.ones(3, 4, 4)}},
+        ValueError,
+        r"image: expected \[B, C, H, W\]",
+    ),
+    "image size": (
+        {"changes": {"image": torch.ones(2, 3, 4, 13)}},
+        ValueError,
+        "image: .*multiples of the patch of 4 x 4 pixels",
+    ),
+    "tokens": ({"changes": {"hidden": torch.ones(2, 4, 9)}}, ValueError, r"hidden: expected \[2, 3, D\]"),
+    "width": ({"changes": {"hidden": torch.ones(2, 3, 8)}}, ValueError, "8 columns, hidden's D"),
+    "hidden dtype": (
+        {"changes": {"hidden": torch.ones(2, 3, 9).double()}},
+        TypeError,
+        r"hidden: expected the dtype of image \(torch.float32\)",
+    ),
+    "params": ({"replaced": {"blocks": []}}, ValueError, "blocks: expected a sequence of at least one"),
+    "block": ({"replaced": {"blocks": [3]}}, TypeError, r"blocks\[0\]: expected a DecoderBlockParams"),
+    "embedding": (
+        {"replaced": {"embed_weight": torch.ones(16, 3 + 5)}},
+        ValueError,
+        "embed_weight: expected 3 columns for the pixel and 4² for the encoding",
+    ),
+    "channels": ({"replaced": {"norm_weight": torch.ones(15)}}, ValueError, r"norm_weight: expected \[16\]"),
+    "output": (
+        {"replaced": {"linear_weight": torch.ones(3, 4)}},
+        ValueError,
+        r"linear_weight: expected \[C_out, 16\]",
+    ),
+    "lost bias": (
+        {"replaced": {"linear_weight": None}},
+        ValueError,
+        "linear_bias: expected None where linear_weight is None",
+    ),
+    "generator rows": (
+        {"block": {"generator_weight": torch.ones(33, 9)}},
+        ValueError,
+        r"blocks\[1\].generator_weight: expected a multiple of 32 rows.*generator_bias: expected \[33\]",
+    ),
+    "other rows": (
+        {"block": {"generator_weight": torch.ones(32, 9), "generator_bias": torch.ones(32)}},
+        ValueError,
+        r"as many rows as that of blocks\[0\] \(768\)",
+    ),
+    "one bias": ({"block": {"generator_bias": None}}, ValueError, "biases in all blocks or in none"),
+    "generator dtype": (
+        {"block": {"generator_weight": torch.ones(768, 9).half()}},
+        TypeError,
+        r"blocks\[1\].generator_weight: expected the dtype of image",
+    ),
+    "meta": (
+        {"block": {"norm_weight": torch.ones(16, device="meta")}},
+        ValueError,
+        r"blocks\[1\].norm_weight: expected the device of hidden",
+    ),
+    "options": (
+        {"replaced": {"activation": "tanh", "encoding": "none", "normalize": ("w3",), "norm_eps": -1}},
+        ValueError,
+        "normalize: .*activation: .*encoding: .*norm_eps: ",
+    ),
+    "extent": ({"replaced": {"encoding_extent": 16}}, ValueError, "None for every encoding but 'rope'"),
+    "patch and workspace": (
+        {"patch_size": 0, "workspace": "all", "decoder_scale": (1, -1)},
+        ValueError,
+        "patch_size: .*decoder_scale: .*workspace: ",
+    ),
+    "types": (
+        {"decoder_scale": 2, "workspace": 1.5, "save_weights": 1},
+        TypeError,
+        "decoder_scale: expected a pair.*workspace: expected an integer.*save_weights: expected True or False",
+    ),
+    "no pixels": ({"decoder_scale": (0.1, 1)}, ValueError, "at least one pixel a patch"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_every_problem_is_named(name):
+    arguments, kind, pattern = WRONG[name]
+    with pytest.raises(kind, match=pattern):
+        call(**arguments)
+
+
+def test_parameters_of_another_kind():
+    with pytest.raises(TypeError, match="decoder_params: expected a DecoderParams"):
+        pixel_decoder(torch.ones(1, 3, 4, 4), torch.ones(1, 1, 9), {}, patch_size=4)
+
+
+def test_a_backend_that_cannot_run_says_why():
+    with use_backend("triton"), pytest.raises(NotImplementedError, match="pixel_decoder"):
+        call()

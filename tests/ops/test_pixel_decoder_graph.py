@@ -1,0 +1,166 @@
+"""pixel_decoder under autograd, autocast, opcheck, torch.compile and torch.export."""
+
+import functools
+
+import pytest
+import torch
+from decoders import Case, decode, expected, results
+from tolerance import assert_within
+
+from pixnerd_kernels import nn, use_backend
+
+CASES = [
+    Case(patch=2, d=5, d1=4, d2=6),
+    Case(patch=2, d=5, d1=4, d2=6, gated=True, outputs=None, bias=False, encoding="dct_integer"),
+    Case(patch=2, d=5, d1=4, d2=6, blocks=1, final_norm=False, normalize=("w1",), encoding="rope"),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=["c2i", "radiance", "t2i"])
+
+
+def op_arguments(case, forced, save_weights=False, leaves=True):
+    """Arguments of the registered op for a workspace of two patches."""
+    tensors = {name: tensor.requires_grad_(leaves) for name, tensor in case.inputs().items()}
+    listed = [[tensors[f"{kind}.{k}"] for k in range(case.blocks)] for kind in ("generator", "norm")]
+    biases = [tensors[f"bias.{k}"] for k in range(case.blocks)] if case.bias else []
+    last = [tensors.get(name) for name in ("norm_weight", "linear_weight", "linear_bias")]
+    flags = [name in case.normalize for name in ("w1", "w2", "w_gate")]
+    options = (case.activation, 1e-6, 1e-12, case.workspace(2), save_weights, forced)
+    first = [tensors.get(name) for name in ("image", "hidden", "embed_weight", "embed_bias")]
+    positions = (list(case.pixels), case.encoding, case.frequencies, (1.0, 1.0))
+    return *first, listed[0], biases, listed[1], *last, *positions, case.gated, flags, *options
+
+
+@pytest.mark.parametrize("save_weights", [False, True], ids=["recompute", "save"])
+@cases
+def test_opcheck(any_isa, case, save_weights):
+    torch.library.opcheck(
+        torch.ops.pixnerd.pixel_decoder.default, op_arguments(case, any_isa.name, save_weights)
+    )
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["image alone", "every gradient"])
+@cases
+def test_opcheck_backward(any_isa, case, every):
+    arguments = op_arguments(case, any_isa.name, leaves=False)
+    flat = [t for a in arguments[:10] for t in (a if isinstance(a, list) else [a])]
+    needs = [index == 0 or (every and t is not None) for index, t in enumerate(flat)]
+    call = (case.upstream(), torch.empty(0), needs, *arguments)
+    torch.library.opcheck(torch.ops.pixnerd.pixel_decoder_backward.default, call)
+
+
+@pytest.mark.parametrize("name", ["image", "generator.0"])
+def test_differentiating_twice_raises(any_isa, name):
+    """For a parameter in a list too, and although the loss is linear: nothing but the op can object."""
+    case = CASES[0]
+    tensors = case.inputs()
+    leaf = tensors[name].requires_grad_()
+    gradient = torch.autograd.grad(decode(case, tensors).sum(), leaf, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="can be differentiated once only"):
+        gradient.square().sum().backward()
+
+
+def test_forward_mode_raises(any_isa):
+    any_isa.may_idle = True
+    tensors = CASES[0].inputs()
+    with torch.autograd.forward_ad.dual_level():
+        tensors["image"] = torch.autograd.forward_ad.make_dual(tensors["image"], tensors["image"])
+        with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
+            decode(CASES[0], tensors)
+
+
+def test_backward_takes_the_backend_of_its_forward(any_isa):
+    case = CASES[0]
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.inputs().items()}
+    y = decode(case, tensors)
+    with use_backend("cpu" if any_isa.name == "reference" else "reference"):
+        y.backward(case.upstream())
+    assert tensors["hidden"].grad is not None
+    assert any_isa.calls["pixel_decoder_backward"] == any_isa.compiled
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_autocast(any_isa, wide):
+    """Image, hidden and generators are cast first; gradients come back in the inputs' own dtypes."""
+    case = CASES[0]
+    tensors, upstream = case.inputs(wide), case.upstream(torch.bfloat16)
+    cast = ("image", "hidden", "generator", "bias")
+    half = {name: t.bfloat16() if name.startswith(cast) else t for name, t in tensors.items()}
+    function = functools.partial(decode, case)
+    by_hand = results(function, half, upstream)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = results(function, tensors, upstream)
+    assert out["y"].dtype == torch.bfloat16
+    for name, tensor in out.items():
+        assert name == "y" or tensor.dtype == wide
+        assert torch.equal(tensor, by_hand[name].to(tensor.dtype)), name
+
+
+def test_autocast_leaves_float64_alone(any_isa):
+    case, dtype = Case(), torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = results(functools.partial(decode, case), case.inputs(dtype), case.upstream(dtype))
+    assert_within(out, *expected(case, dtype))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def assert_compiled_equals_eager(compiler, case, **options):
+    def twice(tensors):
+        return decode(case, tensors, workspace=case.workspace(2), **options) * 2
+
+    tensors, upstream = case.inputs(), case.upstream()
+    out = results(torch.compile(twice, fullgraph=True, **compiler), tensors, upstream)
+    by_hand = results(twice, tensors, upstream)
+    for name, tensor in out.items():
+        assert torch.equal(tensor, by_hand[name]), name
+
+
+@pytest.mark.parametrize("save_weights", [False, True], ids=["recompute", "save"])
+@cases
+def test_compile_with_aot_eager(any_isa, case, save_weights):
+    assert_compiled_equals_eager({"backend": "aot_eager"}, case, save_weights=save_weights)
+
+
+def test_compile_with_inductor(any_isa):
+    assert_compiled_equals_eager({}, CASES[0])
+
+
+def test_compile_for_any_batch(any_isa):
+    """One graph with a symbolic number of images."""
+    case = CASES[0]
+    tensors = case.inputs()
+
+    def run(image, hidden):
+        return decode(case, {**tensors, "image": image, "hidden": hidden})
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3, 5):
+        sample = Case(**{**vars(case), "batch": batch}).inputs()
+        assert torch.equal(
+            compiled(sample["image"], sample["hidden"]), run(sample["image"], sample["hidden"])
+        )
+
+
+def test_export(any_isa):
+    """The exported program holds one decoder, and runs on another number of images."""
+    decoder = nn.PixelDecoder(3, 5, 4, 2, 2, 2, max_freqs=4)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        decoder, (torch.randn(2, 3, 4, 6), torch.randn(2, 6, 5)), dynamic_shapes=({0: batch}, {0: batch})
+    )
+    targets = [str(node.target) for node in program.graph.nodes if "pixnerd" in str(node.target)]
+    assert targets == ["pixnerd.pixel_decoder.default"]
+    image, hidden = torch.randn(5, 3, 4, 6), torch.randn(5, 6, 5)
+    assert torch.equal(program.module()(image, hidden), decoder(image, hidden))
+
+
+def test_meta_tensors_run_no_kernel():
+    case = CASES[1]
+    tensors = {name: tensor.to("meta") for name, tensor in case.inputs(torch.bfloat16).items()}
+    y = decode(case, tensors)
+    assert (y.device.type, y.dtype, y.shape) == ("meta", torch.bfloat16, case.upstream().shape)
