@@ -77,6 +77,24 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+def resident_peak(function: Callable[[], object]) -> int | None:
+    """Bytes by which one call raises this process's peak resident set; None where it cannot be read.
+
+    Pages that malloc keeps are given back first.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    except (OSError, AttributeError):
+        function()
+        return None
+    results = function()
+    growth = _status("VmHWM") - before
+    del results
+    return max(growth, 0)
+
+
 def _measure_growth(case_name: str, size: str, provider_name: str, threads: int) -> int | None:
     """Run one call between two readings of the resident set; meant for a process that does nothing else."""
     torch.set_num_threads(threads)
@@ -90,16 +108,7 @@ def _measure_growth(case_name: str, size: str, provider_name: str, threads: int)
     made = case.make(shape)
     if provider_name != "compile":
         function = call(case, provider.prepare(case, shape), made)
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        results = function()
-        growth = _status("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-    del results
-    return max(growth, 0)
+    return resident_peak(function)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""From measured networks to what a step and an image cost, and how far that is extrapolated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.baselines.networks import NETWORKS
+from benchmarks.claims.models import EQUAL_STEPS, Model, Stage
+
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds; `doubled` where two forwards stand for one of two images, `by_flops` where a network was not run
+    and its time is another resolution's by the ratio of FLOPs."""
+
+    seconds: float
+    doubled: bool = False
+    by_flops: bool = False
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.seconds + other.seconds, self.doubled | other.doubled, self.by_flops | other.by_flops
+        )
+
+    def times(self, factor: float) -> Cost:
+        return Cost(self.seconds * factor, self.doubled, self.by_flops)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model under one provider: None where a network it needs has no time."""
+
+    model: Model
+    provider: str
+    forward: Cost | None
+    step: Cost | None
+    image: Cost | None
+    equal: Cost | None
+    noise_s: float
+    peak: int | None
+    resident: int | None
+    parameters: int | None
+    step_gflop: float
+
+
+def by_case(document: dict[str, Any]) -> Results:
+    """The last result of each case that has times."""
+    return {r["case"]: r for r in document["results"] if r["status"] in ("ok", "wrong") or r.get("providers")}
+
+
+def _entry(results: Results, network: str, provider: str) -> dict[str, Any]:
+    """What a provider measured; baselines that were not compiled are taken eager."""
+    providers = results.get(network, {}).get("providers", {})
+    if provider in providers or network.startswith("PixNerd"):
+        found: dict[str, Any] = providers.get(provider, {})
+        return found
+    return providers.get("eager", {})
+
+
+def network_cost(results: Results, network: str, images: int, provider: str) -> Cost | None:
+    """One call with so many images."""
+    batches = _entry(results, network, provider).get("batches", {})
+    measured = batches.get(str(images), {}).get("median_s")
+    if measured is not None:
+        return Cost(measured)
+    one = batches.get("1", {}).get("median_s")
+    if one is not None:
+        return Cost(one * images, doubled=images > 1)
+    if network == "PixelFlow-256" and network not in results:
+        below = network_cost(results, "PixelFlow-128", images, provider)
+        ratio = (NETWORKS[network].gflop or 0) / (NETWORKS["PixelFlow-128"].gflop or 1)
+        return below and Cost(below.seconds * ratio, below.doubled, by_flops=True)
+    return None
+
+
+def _sum(costs: list[Cost | None]) -> Cost | None:
+    total = Cost(0.0)
+    for cost in costs:
+        if cost is None:
+            return None
+        total = total + cost
+    return total
+
+
+def _stages(results: Results, stages: tuple[Stage, ...], provider: str, counts: list[float]) -> Cost | None:
+    parts = []
+    for stage, number in zip(stages, counts, strict=True):
+        for name, images in stage.networks:
+            cost = network_cost(results, name, images, provider)
+            parts.append(cost and cost.times(number))
+    return _sum(parts)
+
+
+def row(results: Results, model: Model, provider: str) -> Row:
+    """A model's costs; equal steps are shared evenly among its stages."""
+    steps = model.step_stages()
+    share = [stage.evaluations / sum(s.evaluations for s in steps) for stage in steps]
+    once = _sum([network_cost(results, name, 1, provider) for name in model.once])
+    image = _sum([_stages(results, model.stages, provider, [s.evaluations for s in model.stages]), once])
+    equal = _sum([_stages(results, steps, provider, [EQUAL_STEPS / len(steps)] * len(steps)), once])
+    first = [network_cost(results, name, 1, provider) for name, _ in model.stages[-1].networks]
+    peak, resident, parameters = _memory(results, model, provider)
+    flops = sum(
+        part * images * _gflop(results, name)
+        for stage, part in zip(steps, share, strict=True)
+        for name, images in stage.networks
+    )
+    noise = _entry(results, "block-noise", "eager").get("median_s", 0.0) if model.noise_blocks else 0.0
+    return Row(
+        model, provider, _sum(first), _stages(results, steps, provider, share), image, equal, noise, peak,
+        resident, parameters, flops,
+    )  # fmt: skip
+
+
+def _gflop(results: Results, name: str) -> float:
+    network = NETWORKS[name]
+    return results.get(name, {}).get("gflop") or (network.gflop or 0.0)
+
+
+def _memory(results: Results, model: Model, provider: str) -> tuple[int | None, int | None, int | None]:
+    """(weights of all its networks + the largest peak of one of their calls, the same by resident set, weights).
+
+    The call has the most images that a step gives the network and that were measured.
+    """
+    weights, parameters, peaks, residents = 0, 0, [], []
+    counted: set[str] = set()
+    for name in model.networks():
+        batches = _entry(results, name, provider).get("batches", {})
+        largest = max((images for s in model.stages for n, images in s.networks if n == name), default=1)
+        memory = batches.get(str(largest), batches.get("1", {})).get("memory")
+        if memory is None:
+            return None, None, None
+        peaks.append(memory["peak"])
+        residents.append(memory["resident"])
+        # PixelFlow's stages are one network.
+        if name.partition("-")[0] == "PixelFlow" and "PixelFlow" in counted:
+            continue
+        counted.add(name.partition("-")[0])
+        weights += results[name].get("bytes", 0)
+        parameters += results[name].get("parameters", 0)
+    resident = None if None in residents else weights + max(residents)
+    return weights + max(peaks), resident, parameters

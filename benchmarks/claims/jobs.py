@@ -1,0 +1,104 @@
+"""What is measured, each in a process of its own: networks, PixNerds, their two halves, ablations."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from benchmarks.baselines.networks import NETWORKS
+from benchmarks.claims.models import MODELS
+
+PIXNERDS = ("PixNerd-L/16", "PixNerd-XL/16")
+#: Above this, a guided step is taken as two forwards of one image, and said to be: a CPU would take too long.
+BATCHED_GFLOP = 500.0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Rounds of timed calls: as many as `seconds` hold, within bounds. The traced call before warms up."""
+
+    seconds: float
+    least: int
+    most: int
+
+    def rounds(self, one: float) -> int:
+        """At least `least`, unless one round takes a third of a minute: then one."""
+        least = self.least if one < 20 else 1
+        return min(self.most, max(least, int(self.seconds / max(one, 1e-9))))
+
+
+FULL, QUICK = Effort(seconds=15, least=2, most=15), Effort(seconds=3, least=1, most=3)
+
+
+@dataclass(frozen=True)
+class Job:
+    """`name` tells what; the rest under which conditions. Equal jobs are interchangeable when resuming."""
+
+    name: str
+    providers: tuple[str, ...]
+    effort: Effort
+    batches: tuple[int, ...] = (1,)
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 0
+    smoke: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Job:
+        fields = json.loads(text)
+        fields.update(
+            effort=Effort(**fields["effort"]),
+            providers=tuple(fields["providers"]),
+            batches=tuple(fields["batches"]),
+        )
+        return Job(**fields)
+
+
+def names() -> list[str]:
+    """Every job, cheap ones first, so that an early end leaves the most."""
+    used = {name for model in MODELS.values() for name in model.networks()} - set(PIXNERDS)
+    flops = {name: NETWORKS[name].gflop or 1e3 for name in used}
+    return [
+        *PIXNERDS,
+        "block-noise",
+        *sorted(used, key=lambda name: flops[name]),
+        "ablations",
+        *(f"halves-{name}" for name in PIXNERDS),
+    ]
+
+
+#: What `--quick` leaves out: PixelFlow's last stage is then taken from the one before, by FLOPs.
+SLOW = ("PixNerd-XL/16", "PixelFlow-256", "DiT-XL/2", "RDM-1", "RDM-2", "halves-*", "ablations")
+
+
+def select(patterns: Sequence[str], quick: bool = False) -> list[str]:
+    """Jobs by name or shell pattern; none means all, or with `quick` all that are fast.
+
+    Raises:
+        ValueError: a pattern matches nothing; the message lists what there is.
+    """
+    known = names()
+    if not patterns:
+        return [n for n in known if not (quick and any(fnmatch.fnmatch(n, slow) for slow in SLOW))]
+    chosen = []
+    unknown = []
+    for pattern in patterns:
+        found = fnmatch.filter(known, pattern)
+        chosen += found
+        if not found:
+            unknown.append(repr(pattern))
+    if unknown:
+        raise ValueError(f"unknown case {', '.join(unknown)}; known: {', '.join(known)}")
+    return [name for name in known if name in chosen]
+
+
+def batches(name: str, extra: Sequence[int]) -> tuple[int, ...]:
+    """The batch sizes of a job: 1, the 2 of a guided step where that is affordable, and those asked for."""
+    guided = any((name, 2) in stage.networks for model in MODELS.values() for stage in model.stages)
+    affordable = name in NETWORKS and (NETWORKS[name].gflop or 1e4) < BATCHED_GFLOP
+    return tuple(sorted({1, *([2] if guided and (affordable or extra) else []), *extra}))

@@ -1,0 +1,217 @@
+"""Measures one job in one process; `claims` starts this module once per job, which also frees its memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pixnerd_kernels
+from benchmarks import worker as ops_worker
+from benchmarks.baselines.networks import NETWORKS, count
+from benchmarks.claims import parts
+from benchmarks.claims.jobs import PIXNERDS, Job
+from benchmarks.claims.measure import Call, measure
+from benchmarks.memory import allocation_peak
+from pixnerd_kernels.models import CONFIGS, PixNerd, PixNerdConfig, to_official
+
+#: A PixNerd of a few milliseconds, to see that everything runs.
+SMOKE = PixNerdConfig(64, 2, 2, 2, field_channels=16, num_classes=10)
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """The job's result; what fails is in it, not raised."""
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    torch.manual_seed(0)
+    result: dict[str, Any] = {
+        "case": job.name,
+        "status": "ok",
+        "device": _device_name(job),
+        "dtype": job.dtype,
+        "threads": torch.get_num_threads(),
+        "providers": {},
+    }
+    try:
+        if job.device == "cpu":
+            allocation_peak(lambda: (torch.ones(1),))  # the profiler's own memory is not the first call's
+        for part in _results(job):
+            _merge(result, part)
+    except Exception as error:
+        result.update(ops_worker.failure(error))
+    statuses = {entry.get("status", "ok") for entry in result["providers"].values()}
+    for status in ("wrong", "error", "out of memory"):
+        if result["status"] == "ok" and status in statuses:
+            result["status"] = status
+    return result
+
+
+def _merge(result: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add a part as it comes, so that running out of memory in a larger one keeps the smaller ones."""
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            _merge(result[key], value)
+        else:
+            result[key] = value
+
+
+def _device_name(job: Job) -> str:
+    return torch.cuda.get_device_name() if job.device == "cuda" else job.device
+
+
+def _results(job: Job) -> Iterator[dict[str, Any]]:
+    if job.name in PIXNERDS:
+        return _pixnerd(job)
+    if job.name in NETWORKS:
+        return _network(job)
+    config = (
+        CONFIGS[job.name.removeprefix("halves-").removeprefix("PixNerd-")] if "halves" in job.name else None
+    )
+    if config is not None:
+        return parts.halves(job, SMOKE if job.smoke else config)
+    if job.name == "ablations":
+        return parts.ablations(job, SMOKE if job.smoke else CONFIGS["L/16"])
+    return parts.block_noise(job)
+
+
+def _say(text: str) -> None:
+    print(f"    {text}", file=sys.stderr, flush=True)
+
+
+def inputs(job: Job, name: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    network = NETWORKS[name]
+    if job.smoke:
+        network = dataclasses.replace(network, shape=(network.shape[0], 32, 32))
+    with torch.device(job.device):
+        return network.inputs(batch, getattr(torch, job.dtype))
+
+
+def _network(job: Job) -> Iterator[dict[str, Any]]:
+    """A baseline: eager, and compiled where asked for."""
+    _say("building")
+    with torch.device(job.device):
+        module = NETWORKS[job.name].build().eval().requires_grad_(False).to(getattr(torch, job.dtype))
+    yield _counts(job)
+    for provider in job.providers:
+        if provider not in ("eager", "compile"):
+            continue
+        run = torch.compile(module, dynamic=False) if provider == "compile" else module
+        yield from _batches(job, {provider: run})
+
+
+def _counts(job: Job) -> dict[str, Any]:
+    counted = count(job.name)
+    return {
+        "parameters": counted.parameters,
+        "gflop": counted.total,
+        "bytes": _bytes(job, counted.parameters),
+    }
+
+
+def _bytes(job: Job, parameters: int) -> int:
+    return parameters * getattr(torch, job.dtype).itemsize
+
+
+def _batches(job: Job, modules: dict[str, Callable[..., Tensor]]) -> Iterator[dict[str, Any]]:
+    for batch in job.batches:
+        x, t, y = inputs(job, job.name, batch)
+        calls: dict[str, Call] = {
+            name: (lambda module=module: _without_gradients(module, x, t, y))  # type: ignore[misc]
+            for name, module in modules.items()
+        }
+        _say(f"batch {batch}: {', '.join(calls)}")
+        try:
+            entries = measure(calls, torch.device(job.device), job.effort)
+        except Exception as error:
+            failed = ops_worker.failure(error)
+            if failed["status"] != "out of memory" or batch == job.batches[0]:
+                raise
+            yield {"providers": {name: {"batches": {str(batch): failed}} for name in calls}}
+            continue
+        for name, entry in entries.items():
+            found: dict[str, Any] = {"batches": {str(batch): entry}}
+            if batch == job.batches[0]:
+                found.update(median_s=entry["median_s"], p20_s=entry["p20_s"], p80_s=entry["p80_s"])
+                if "time_over_ours" in entry:
+                    found["time_over_ours"] = entry["time_over_ours"]
+            yield {"providers": {name: {"status": "ok", **found}}}
+
+
+def _without_gradients(module: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(*arguments)
+
+
+def _pixnerd(job: Job) -> Iterator[dict[str, Any]]:
+    """Plain, compiled and ours on the same weights, checked against float64 first."""
+    from benchmarks.baselines.pixnerd import PlainPixNerd
+
+    _say("building")
+    dtype, config = getattr(torch, job.dtype), CONFIGS[job.name.removeprefix("PixNerd-")]
+    if job.smoke:
+        config = SMOKE
+    with torch.device(job.device):
+        ours = PixNerd(config).eval().requires_grad_(False).to(dtype)
+        # Fresh models return zeros, which would hide a wrong result.
+        nn.init.normal_(ours.decoder.linear.weight, std=0.02)
+    with torch.device("meta"):
+        plain = PlainPixNerd(config).eval().requires_grad_(False)
+    plain.load_state_dict(to_official(ours), assign=True)
+    yield _counts(job) if not job.smoke else {"parameters": sum(p.numel() for p in ours.parameters())}
+    modules: dict[str, Callable[..., Tensor]] = {"eager": plain, "ours": ours}
+    if "compile" in job.providers:
+        torch._dynamo.reset()
+        modules["compile"] = torch.compile(plain, fullgraph=True, dynamic=False)
+    modules = {name: modules[name] for name in ("eager", "compile", "ours") if name in job.providers}
+    x, t, y = inputs(job, job.name, job.batches[0])
+    _say("checking against float64")
+    truth, allowed = _truth(plain, x, t, y)
+    right = {}
+    for name, module in modules.items():
+        start = time.perf_counter()
+        out = _without_gradients(module, x, t, y)
+        error = ((out.double() - truth).norm() / truth.norm()).item()
+        entry: dict[str, Any] = {
+            "status": "ok" if error <= allowed else "wrong",
+            "error": error,
+            "allowed": allowed,
+            "first_call_s": time.perf_counter() - start,
+        }
+        if error <= allowed:
+            right[name] = module
+        else:
+            entry["reason"] = f"output: error {error:.2e}, allowed {allowed:.2e}"
+        yield {"providers": {name: entry}}
+    del truth
+    yield from _batches(job, right)
+
+
+def _truth(plain: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    """The float64 output, and the relative error that the house rule allows: twice plain's, plus 4 eps."""
+    exact = copy.deepcopy(plain).double()
+    truth = _without_gradients(exact, x.double(), t.double(), y)
+    plain_error = (_without_gradients(plain, x, t, y).double() - truth).norm() / truth.norm()
+    return truth, (2 * plain_error + 4 * torch.finfo(x.dtype).eps).item()
+
+
+def main() -> None:
+    """argv: a job as JSON, and the file that its result is written to."""
+    import json
+
+    result = run_job(Job.from_json(sys.argv[1]))
+    result["package"] = pixnerd_kernels.__version__
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

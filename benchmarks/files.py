@@ -1,0 +1,33 @@
+"""Result files: read with checks, written in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def save(path: Path, content: dict[str, Any] | str) -> None:
+    """Replace the file in one step: an interruption leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
+    os.replace(fresh, path)
+
+
+def load(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """A result document.
+
+    Raises:
+        ValueError: the file is not one, or not of that kind.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a benchmark's JSON: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("results"), list):
+        raise ValueError(f"{path}: expected a benchmark's JSON with a list of results")
+    if kind is not None and document.get("kind") != kind:
+        raise ValueError(f"{path}: expected results of {kind!r}, got {document.get('kind')!r}")
+    return document
