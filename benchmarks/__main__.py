@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import model, ops
+from benchmarks import claims, model, ops
 
-COMMANDS = {"ops": ops, "model": model}
+COMMANDS = {"ops": ops, "model": model, "claims": claims}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("demo"),
         metavar="DIR",
-        help="claims.json and claims.md; default: demo",
+        help="claims[-quick].json and .md; default: demo",
     )
     add("--json", type=Path, metavar="FILE", help="where the JSON goes, in place of DIR/claims.json")
     add("--fresh", action="store_true", help="measure again what the JSON already has")
@@ -91,7 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     if arguments.quick and not arguments.provider:
         providers.remove("compile")
-    path = arguments.json or arguments.out / "claims.json"
+    kind = "-smoke" if arguments.smoke else "-quick" if arguments.quick else ""
+    path = arguments.json or arguments.out / f"claims{kind}.json"
     document = _document(path, arguments)
     print(provenance.summary(document["provenance"]), flush=True)
     if busy := provenance.busy(document["provenance"]):
@@ -172,7 +173,7 @@ def _measure(todo: list[Any], document: dict[str, Any], path: Path) -> None:
         result["provenance"] = {key: where[key] for key in (*SETTINGS, "date", "dirty", "load_average")}
         result["wall_s"] = time.perf_counter() - begin
         result["job"] = job.to_json()
-        others = [r for r in document["results"] if (r["case"], r["job"]) != (job.name, job.to_json())]
+        others = [r for r in document["results"] if r["case"] != job.name]
         document["results"] = [*others, result]
         if result["status"] != "ok":
             tqdm.write(f"{job.name} is {result['status']}: {result.get('reason', 'see its providers')}")

@@ -33,9 +33,9 @@ def _gigabytes(nbytes: int | None) -> str:
 
 
 def rows(results: Results) -> list[Row]:
-    """Every model, the PixNerds once for each provider that measured them; the others by their best."""
+    """Every model, once for each provider that measured it."""
     found = []
-    for name, model in MODELS.items():
+    for model in MODELS.values():
         providers = [
             p
             for p in PROVIDERS
@@ -210,9 +210,9 @@ NOTES = f"""\
 Seconds per forward and step are measured medians; seconds per image are **extrapolated**: evaluations times the
 measured forward, nothing else of the sampler. A step is one evaluation with its guidance: two images for
 classifier-free guidance, the UNet and the classifier's gradient for ADM-G. Where a model has several stages, its
-forward is the last stage's, its step the mean over all, and {EQUAL_STEPS} steps are shared evenly among them. PixNerd's own
-sampler leaves the second half of guidance away outside its interval. † two forwards of one image stand for one of
-two. ‡ not run: the next smaller stage's time by the ratio of FLOPs.
+forward is the last stage's, its step the mean over all, and {EQUAL_STEPS} steps are shared evenly among them. PixNerd's
+own sampler leaves the second half of guidance away outside its interval. † two forwards of one image stand for
+one of two. ‡ not run: the next smaller stage's time by the ratio of FLOPs.
 Peak memory is the weights of all the model's networks and the largest peak of torch's allocations in one call; on
 a CPU from the profiler's events, and checked against the growth of the process's peak resident set in the same
 call (in the table of networks). The paper states neither GPU nor batch for its figures, and they are of

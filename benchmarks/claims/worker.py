@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,7 @@ def _batches(job: Job, modules: dict[str, Callable[..., Tensor]]) -> Iterator[di
     for batch in job.batches:
         x, t, y = inputs(job, job.name, batch)
         calls: dict[str, Call] = {
-            name: (lambda module=module: _without_gradients(module, x, t, y))  # type: ignore[misc]
-            for name, module in modules.items()
+            name: partial(_without_gradients, module, x, t, y) for name, module in modules.items()
         }
         _say(f"batch {batch}: {', '.join(calls)}")
         try:

@@ -1,0 +1,171 @@
+"""`python -m benchmarks claims`: what it derives from measurements, refuses, keeps and survives."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Last, so that an installed package is not shadowed by the checkout.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import claims
+from benchmarks.__main__ import main
+from benchmarks.baselines.networks import NETWORKS
+from benchmarks.claims import costs, jobs, tables, worker
+from benchmarks.claims.models import MODELS
+
+TINY = jobs.Effort(seconds=0.01, least=1, most=1)
+
+
+def measured(name: str, seconds: float, **batches: float) -> dict[str, Any]:
+    memory = {"peak": 10, "resident": 12}
+    times = {"1": seconds, **{key.removeprefix("b"): value for key, value in batches.items()}}
+    entries = {key: {"median_s": value, "memory": memory, "runs": 1} for key, value in times.items()}
+    return {"case": name, "status": "ok", "parameters": 100, "bytes": 400, "gflop": 1.0,
+            "providers": {"eager": {"status": "ok", "batches": entries}}}  # fmt: skip
+
+
+def test_an_image_is_evaluations_times_forwards() -> None:
+    results = {
+        "ADM-256": measured("ADM-256", 2.0),
+        "ADM-classifier": measured("ADM-classifier", 0.5),
+        "PixNerd-L/16": measured("PixNerd-L/16", 0.1, b2=0.15),
+        "SiT-L/2": measured("SiT-L/2", 0.2),
+        "VAE-decoder": measured("VAE-decoder", 3.0),
+    }
+    adm = costs.row(results, MODELS["ADM-G"], "eager")
+    assert adm.step == costs.Cost(2.5)
+    assert adm.image == costs.Cost(2.5 * 250)
+    assert adm.equal == costs.Cost(2.5 * 50)
+    assert (adm.peak, adm.parameters) == (810, 200)
+    pixnerd = costs.row(results, MODELS["PixNerd-L/16"], "eager")
+    assert pixnerd.image is not None
+    assert pixnerd.image.seconds == pytest.approx(89 * 0.15 + 11 * 0.1)
+    assert pixnerd.step == costs.Cost(0.15)
+    sit = costs.row(results, MODELS["SiT-L/2"], "eager")
+    assert sit.image == costs.Cost(250 * 0.4 + 3.0, doubled=True)
+    assert costs.row(results, MODELS["RDM"], "eager").image is None
+
+
+def test_pixelflow_steps_are_the_mean_of_its_stages() -> None:
+    results = {
+        f"PixelFlow-{edge}": measured("", seconds) for edge, seconds in ((32, 1.0), (64, 2.0), (128, 3.0))
+    }
+    ratio = NETWORKS["PixelFlow-256"].gflop / NETWORKS["PixelFlow-128"].gflop
+    row = costs.row(results, MODELS["PixelFlow-XL/4"], "eager")
+    assert row.step is not None
+    assert row.step.by_flops
+    assert row.step.seconds == pytest.approx(2 * (1 + 2 + 3 + 3 * ratio) / 4)
+    results["PixelFlow-256"] = measured("", 4.0)
+    row = costs.row(results, MODELS["PixelFlow-XL/4"], "eager")
+    assert row.image == costs.Cost(2 * 30 * (1.0 + 2 + 3 + 4), doubled=True)
+    assert row.equal == costs.Cost(2 * 12.5 * (1.0 + 2 + 3 + 4), doubled=True)
+    # Four stages of one network: its weights once.
+    assert row.peak == 410
+
+
+def test_the_paper_s_ratios() -> None:
+    """8.3x an image, 8.0x a step against ADM-G; 6.5x and 15.5x for XL against ADM-G and PixelFlow."""
+    text = tables.ratios({})
+    assert "| PixNerd-L/16, eager: ADM-G 256, eager | **8.0x** | **8.3x (the paper's 8x)** |" in text
+    assert "| PixNerd-XL/16, eager: ADM-G 256, eager | 6.7x | 6.5x |" in text
+    assert "| PixNerd-XL/16, eager: PixelFlow-XL/4, eager | 7.0x | 15.5x |" in text
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.setattr(jobs, "QUICK", TINY)
+    threads = torch.get_num_threads()
+
+    def call(*arguments: str, launch: Any = worker.run_job) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr(claims, "launch_process", launch)
+        file = tmp_path / "claims.json"
+        words = ["claims", "--smoke", "--quick", "--device", "cpu", "--json", str(file), *arguments]
+        code = main(words)
+        return code, json.loads(file.read_text())
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_a_small_run_is_checked_measured_and_resumed(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = ("--case", "PixNerd-L/16", "halves-PixNerd-L/16", "ablations", "block-noise")
+    asked = []
+
+    def interrupted(job: jobs.Job) -> dict[str, Any]:
+        asked.append(job.name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return worker.run_job(job)
+
+    code, document = run(*cases, launch=interrupted)
+    assert code == 130
+    assert document["interrupted"] is True
+    assert [r["case"] for r in document["results"]] == ["PixNerd-L/16"]
+    code, document = run(*cases)
+    assert code == 0
+    assert "1 of 4 cases" in capsys.readouterr().out
+    pixnerd, noise, ablations, halves = document["results"]
+    assert {entry["status"] for entry in pixnerd["providers"].values()} == {"ok"}
+    ours = pixnerd["providers"]["ours"]
+    assert ours["error"] <= ours["allowed"]
+    assert ours["batches"]["2"]["memory"]["peak"] > ours["batches"]["1"]["memory"]["peak"] > 0
+    assert noise["providers"]["eager"]["median_s"] > 0
+    assert len(ablations["ablations"]) == 4
+    assert halves["halves"]["64"]["head, ours"]["gflop"] == pytest.approx(
+        4 * halves["halves"]["32"]["head, ours"]["gflop"]
+    )
+
+
+def test_a_wrong_model_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = worker.PixNerd.forward
+    monkeypatch.setattr(worker.PixNerd, "forward", lambda *arguments: right(*arguments) * 1.001)
+    code, document = run("--case", "PixNerd-L/16")
+    entries = document["results"][0]["providers"]
+    assert code == 1
+    assert entries["ours"]["status"] == "wrong"
+    assert "median_s" not in entries["ours"]
+    assert entries["eager"]["median_s"] > 0
+
+
+def test_out_of_memory_and_death_leave_the_others(run: Any) -> None:
+    def launch(job: jobs.Job) -> dict[str, Any]:
+        if job.name == "ADM-256":
+            return claims.died(job.name, -9)
+        return worker.run_job(job)
+
+    code, document = run("--case", "ADM-256", "block-noise", launch=launch)
+    assert code == 1
+    assert {r["case"]: r["status"] for r in document["results"]} == {
+        "block-noise": "ok",
+        "ADM-256": "out of memory",
+    }
+    assert "ADM-256 is out of memory" in tables.markdown(document)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--case", "ADM-1024"], ["'ADM-1024'", "ADM-256", "PixelFlow-32"]),
+        (["--provider", "theirs"], ["'theirs'", "ours"]),
+    ],
+)
+def test_unknown_names_list_the_known_ones(
+    arguments: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["claims", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert [word for word in expected if word not in message] == []
+
+
+def test_without_diffusers_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claims.importlib.util, "find_spec", lambda name: None)
+    assert main(["claims"]) == 2
+    assert "pixnerd-kernels[claims]" in capsys.readouterr().err
