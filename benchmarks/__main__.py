@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import claims, model, ops
+from benchmarks import claims, model, ops, report
 
-COMMANDS = {"ops": ops, "model": model, "claims": claims}
+COMMANDS = {"ops": ops, "model": model, "claims": claims, "report": report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -251,3 +251,12 @@ def markdown(document: dict[str, Any]) -> str:
     commits = f"; commits {', '.join(sorted(dates))}" if len(dates) > 1 else ""
     sections.append(f"`{where['command']}` on {summary(where)}; {'; '.join(sorted(devices))}{commits}.")
     return "\n\n".join(sections) + "\n"
+
+
+def readme(document: dict[str, Any]) -> str:
+    """The first table, the ratios, and the conditions: what a README shows."""
+    results = by_case(document)
+    where = document["provenance"]
+    return "\n\n".join(
+        [main_table(results), ratios(results), NOTES, f"`{where['command']}` on {summary(where)}.", ""]
+    )
