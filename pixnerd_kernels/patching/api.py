@@ -90,7 +90,7 @@ def _match(rule: Rule, module: nn.Module) -> Candidate | Left | None:
 
 
 def _verdict(module: nn.Module, match: Candidate | Left, check: bool, sharded: bool) -> Verdict:
-    if reason := refusal(module):
+    if reason := refusal(module, match.method if isinstance(match, Candidate) else "forward"):
         return Verdict(None, reason)
     if sharded:
         return Verdict(None, "it is inside FullyShardedDataParallel: patch before wrapping")

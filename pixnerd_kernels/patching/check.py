@@ -87,7 +87,7 @@ KINDS: dict[str, Callable[[Callable[[str], ModuleType]], Iterator[Sample]]] = {
 
 
 @contextmanager
-def _checkout(path: Path) -> Iterator[Callable[[str], ModuleType]]:
+def checkout(path: Path) -> Iterator[Callable[[str], ModuleType]]:
     """Imports modules from the checkout, and forgets them afterwards: such repositories all call theirs `src`."""
     before = set(sys.modules)
     sys.path.insert(0, str(path))
@@ -107,7 +107,7 @@ def check(path: Path, kind: str) -> list[dict[str, Any]]:
         For every model its "label", the patch's "report", the largest relative difference of the "output" and of a
         "gradient", whether unpatching gave the old output "restored" bit for bit, and whether all that "passed".
     """
-    with _checkout(path) as load, torch.random.fork_rng(devices=[]):
+    with checkout(path) as load, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return [_check(*sample) for sample in KINDS[kind](load)]
 

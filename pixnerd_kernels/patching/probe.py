@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from pixnerd_kernels.checks import FLOATS
 from pixnerd_kernels.patching.swap import Replacement
 
-#: A call's arguments by name, in order.
-Inputs = dict[str, Tensor | None]
+#: A call's arguments by name, in order: tensors, or what is passed on as it is.
+Inputs = dict[str, Any]
 #: Formulas take tensors and give the output, or the output as "output" and the opaque children's inputs ("attn<").
 Formula = Callable[..., Tensor | dict[str, Tensor]]
 
@@ -59,6 +59,7 @@ class Candidate:
         children: names of the children whose results the formulas use.
         dtype_from: the parameter whose dtype the probe takes.
         opaque: the children whose results are taken as given, and whose inputs are compared as results.
+        method: the method that is called and replaced.
     """
 
     forms: tuple[Form, ...]
@@ -66,6 +67,7 @@ class Candidate:
     children: tuple[str, ...]
     dtype_from: str
     opaque: tuple[str, ...] = ()
+    method: str = "forward"
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,9 @@ class _Run:
     def reached(self, inputs: Inputs) -> set[str]:
         """The inputs that gradients flow back to."""
         wanted = {
-            name: tensor for name, tensor in inputs.items() if tensor is not None and tensor.requires_grad
+            name: tensor
+            for name, tensor in inputs.items()
+            if isinstance(tensor, Tensor) and tensor.requires_grad
         }
         total = torch.stack([r.double().sum() for r in self.results.values()]).sum()
         gradients = torch.autograd.grad(total, list(wanted.values()), retain_graph=True, allow_unused=True)
@@ -170,7 +174,7 @@ def _call(
     seen: Results = {}
     with _watch(module, candidate, seen, given or {}):
         out = call(module, *inputs.values())
-    tensors = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    tensors = {name: tensor for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
     results = {"output": out, **{name: tensor for name, tensor in seen.items() if name.endswith("<")}}
     return _Run(results, {**dict(module.named_parameters()), **tensors, **seen})
 
@@ -225,10 +229,15 @@ def _compare(
 
 
 def _relative(results: Results, exact: Results) -> float:
-    return _norm(results["output"].double() - exact["output"]) / (_norm(exact["output"]) or 1.0)
+    """The largest relative error of a result, gradients apart."""
+    return max(
+        _norm(results[name].double() - truth) / (_norm(truth) or 1.0)
+        for name, truth in exact.items()
+        if not name.startswith("gradient")
+    )
 
 
-def verify(module: nn.Module, candidate: Candidate, method: str = "forward") -> Verdict:
+def verify(module: nn.Module, candidate: Candidate) -> Verdict:
     """Find the form that the module computes, and check our replacement of it, on one random probe.
 
     The probe has the module's dtype and device and runs in its train or eval mode. Nothing of the caller's is
@@ -240,23 +249,21 @@ def verify(module: nn.Module, candidate: Candidate, method: str = "forward") -> 
     generator = torch.Generator().manual_seed(20251)
     with _undisturbed(device, gradients):
         inputs: Inputs = {
-            name: None if tensor is None else _cast(tensor.to(device), dtype)
-            for name, tensor in candidate.inputs(generator).items()
+            name: _cast(value.to(device), dtype) if isinstance(value, Tensor) else value
+            for name, value in candidate.inputs(generator).items()
         }
         for tensor in inputs.values():
-            if tensor is not None and tensor.is_floating_point():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 tensor.requires_grad_(gradients)
         try:
-            return _judge(module, candidate, inputs, generator, method)
+            return _judge(module, candidate, inputs, generator)
         except Exception as error:
             first = str(error).strip().partition("\n")[0]
             return Verdict(None, f"it raised on the probe: {type(error).__name__}: {first}")
 
 
-def _judge(
-    module: nn.Module, candidate: Candidate, inputs: Inputs, generator: torch.Generator, method: str
-) -> Verdict:
-    original = _call(module, candidate, inputs, getattr(type(module), method))
+def _judge(module: nn.Module, candidate: Candidate, inputs: Inputs, generator: torch.Generator) -> Verdict:
+    original = _call(module, candidate, inputs, getattr(type(module), candidate.method))
     out = original.results["output"]
     if not isinstance(out, Tensor):
         return Verdict(None, f"it returns {type(out).__name__}, expected a tensor")
@@ -281,7 +288,9 @@ def _judge(
             if fraction <= 1:
                 agreed[form.function] = (form, own, exact)
                 continue
-        if out.shape == exact["output"].shape:
+        if all(
+            name in original.results and original.results[name].shape == t.shape for name, t in exact.items()
+        ):
             closest = min(closest, (_relative(original.results, exact), form.function))
     if not agreed:
         return Verdict(

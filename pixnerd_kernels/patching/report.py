@@ -21,7 +21,7 @@ class Entry:
         op: the op that the rule puts in.
         status: "replaced", "would replace" (a dry run) or "left".
         form: which of the forms that share this structure it computes; empty where that was not found out.
-        error: ||ours - exact|| / ||exact|| of the output on the probe; None without one.
+        error: ||ours - exact|| / ||exact|| on the probe; None without one.
         original_error: the same for the module's own result.
         reason: why it was left, or a remark.
         also: further paths of the same module.

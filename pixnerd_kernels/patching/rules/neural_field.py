@@ -67,7 +67,7 @@ class FieldBlock(Replacement):
 
 
 @dataclass(frozen=True)
-class _Formula:
+class FieldFormula:
     """The block in plain PyTorch, from the packed parameters, with what may differ between blocks."""
 
     hidden: int
@@ -159,7 +159,7 @@ def _forms(
         for normalize in reversed(subsets):
             function = f"{'gated, ' if gated else ''}{', '.join(normalize) or 'nothing'} normalised"
             for fused in (True, False) if weight else (False,):
-                formula = _Formula(hidden, gated, normalize, eps if fused else None)
+                formula = FieldFormula(hidden, gated, normalize, eps if fused else None)
                 block = FieldBlock(
                     generator, norm, weight or "", hidden, gated, normalize, eps, fused_norm=fused
                 )
@@ -168,7 +168,7 @@ def _forms(
                 yield Form(function, formula, (x, params, last), block, () if fused else (x,), published)
         for normalize in (subsets[-1], ("w1",)):
             for change, options in _UNLIKE.items():
-                formula = _Formula(hidden, gated, normalize, None, **options)
+                formula = FieldFormula(hidden, gated, normalize, None, **options)
                 yield Form(change, formula, (x, params, f"{norm}()"), constants=(x,))
 
 

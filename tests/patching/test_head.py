@@ -1,0 +1,134 @@
+"""Chroma1-Radiance's whole pixel head as one op."""
+
+import foreign
+import pytest
+import torch
+from torch import nn
+
+import pixnerd_kernels as pk
+
+HEAD = "pixel_decoder"
+
+
+def radiance(final="conv", dtype=torch.float32, operations=foreign.plain_operations, **options):
+    """The embedder computes in float32 whatever the rest is stored in, as ComfyUI's does."""
+    torch.manual_seed(2)
+    model = foreign.ChromaRadiance(24, 16, 2, 2, 8, final, operations=operations, **options).to(dtype)
+    model.nerf_image_embedder.float()
+    return model
+
+
+def made(dtype=torch.float32, batch=2):
+    generator = torch.Generator().manual_seed(6)
+    image = torch.randn(batch, 3, 16, 24, generator=generator)
+    hidden = torch.randn(batch, 6, 24, generator=generator)
+    return image.to(dtype), hidden.to(dtype)
+
+
+def head(report):
+    (entry,) = (entry for entry in report.entries if entry.op == HEAD)
+    return entry
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How often the op was called."""
+    from pixnerd_kernels.patching.rules import radiance_head
+
+    calls = []
+    whole = radiance_head.pixel_decoder
+    monkeypatch.setattr(radiance_head, HEAD, lambda *a, **k: calls.append(1) or whole(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize("final", ["conv", "linear"])
+@pytest.mark.parametrize("tile", [0, 4])
+def test_replaced_with_and_without_tiles(final, tile, decoded):
+    model = radiance(final, nerf_tile_size=tile)
+    expected = model(*made())
+    report = pk.patch(model, ops=HEAD)
+    assert head(report).status == "replaced"
+    assert head(report).form == "gated blocks, encoding dct_integer"
+    assert 0 < head(report).error < 1e-6
+    decoded.clear()
+    torch.testing.assert_close(model(*made()), expected)
+    assert decoded == [1]
+    report.unpatch()
+    assert torch.equal(model(*made()), expected)
+
+
+def test_half_precision(decoded):
+    model = radiance(dtype=torch.bfloat16)
+    expected = model(*made(torch.bfloat16))
+    assert head(pk.patch(model)).status == "replaced"
+    decoded.clear()
+    out = model(*made(torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    assert torch.linalg.vector_norm((out - expected).float()) < 0.02 * torch.linalg.vector_norm(
+        expected.float()
+    )
+    assert decoded == [1]
+
+
+def test_a_zero_initialised_final_layer_hides_nothing():
+    model = radiance()
+    nn.init.zeros_(model.nerf_final_layer_conv.conv.weight)
+    nn.init.zeros_(model.nerf_final_layer_conv.conv.bias)
+    entry = head(pk.patch(model))
+    assert entry.status == "replaced"
+    assert entry.error > 0
+
+
+class OtherEncoding(foreign.ChromaRadiance):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.nerf_image_embedder.encode = lambda height, width, like: torch.ones(1, height * width, 64)
+
+
+class NoBlocks(nn.Module):
+    def forward_nerf(self, image, hidden, params):
+        return image
+
+
+def test_others_are_left_and_named():
+    model = OtherEncoding(24, 16, 2, 2, 8, "conv")
+    entry = head(pk.patch(model))
+    assert entry.status == "left"
+    assert "computes no known form" in entry.reason
+    assert "has forward_nerf, but not" in head(pk.patch(NoBlocks())).reason
+    model = radiance(dtype=torch.float8_e4m3fn, operations=foreign.cast_operations)
+    report = pk.patch(model)
+    assert "torch.float8_e4m3fn: cast at each call" in head(report).reason
+    assert [entry.status for entry in report.entries if entry.op == "neural_field_mlp_packed"] == [
+        "replaced"
+    ] * 2
+
+
+def test_calls_that_the_op_does_not_take_go_to_the_module(decoded):
+    """Another dtype than the weights', a hook on a block, an adapter in a generating layer."""
+    model, twin = radiance(operations=foreign.cast_operations), radiance(operations=foreign.cast_operations)
+    assert head(pk.patch(model, ops=HEAD)).status == "replaced"
+    decoded.clear()
+    assert torch.equal(model(*made(torch.bfloat16)), twin(*made(torch.bfloat16)))
+    ran = []
+    handle = model.nerf_blocks[1].register_forward_hook(lambda *_: ran.append(1))
+    assert torch.equal(model(*made()), twin(*made()))
+    assert ran == [1]
+    handle.remove()
+    for each in (model, twin):
+        each.nerf_blocks[0].param_generator.weight_function = [lambda w: w.flip(0)]
+    assert torch.equal(model(*made()), twin(*made()))
+    assert decoded == []
+
+
+def test_gradients_flow(decoded):
+    gradients = []
+    for patched in (False, True):
+        model = radiance()
+        if patched:
+            pk.patch(model, ops=HEAD)
+        inputs = [tensor.requires_grad_() for tensor in made()]
+        out = model(*inputs)
+        gradients.append(torch.autograd.grad(out.square().sum(), [*inputs, *model.parameters()]))
+    for theirs, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
