@@ -59,6 +59,8 @@ class Candidate:
         children: names of the children whose results the formulas use.
         dtype_from: the parameter whose dtype the probe takes.
         opaque: the children whose results are taken as given, and whose inputs are compared as results.
+        boundary: an opaque child behind which the formulas begin: what leads to it is the module's own in the
+            replacement too, and has to give it the same input.
         method: the method that is called and replaced.
     """
 
@@ -67,6 +69,7 @@ class Candidate:
     children: tuple[str, ...]
     dtype_from: str
     opaque: tuple[str, ...] = ()
+    boundary: str = ""
     method: str = "forward"
 
 
@@ -114,7 +117,7 @@ def _watch(module: nn.Module, candidate: Candidate, seen: Results, given: Result
 
     def record(name: str) -> Callable:
         def hook(child: nn.Module, args: tuple, result: Any) -> Any:
-            if name in candidate.opaque:
+            if name in candidate.opaque or name == candidate.boundary:
                 seen[f"{name}<"] = args[0]
                 result = given.get(f"{name}()", result).detach().requires_grad_(torch.is_grad_enabled())
             seen[f"{name}()"] = result
@@ -122,13 +125,11 @@ def _watch(module: nn.Module, candidate: Candidate, seen: Results, given: Result
 
         return hook
 
-    names = (*candidate.children, *candidate.opaque)
-    handles = [module.get_submodule(name).register_forward_hook(record(name)) for name in names]
-    try:
+    names = (*candidate.children, *candidate.opaque, *([candidate.boundary] if candidate.boundary else []))
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.callback(module.get_submodule(name).register_forward_hook(record(name)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _gradients(results: Results, leaves: Mapping[str, Tensor], upstream: Mapping[str, Tensor]) -> Results:
@@ -175,7 +176,10 @@ def _call(
     with _watch(module, candidate, seen, given or {}):
         out = call(module, *inputs.values())
     tensors = {name: tensor for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
-    results = {"output": out, **{name: tensor for name, tensor in seen.items() if name.endswith("<")}}
+    results = {
+        "output": out,
+        **{f"{name}<": seen[f"{name}<"] for name in candidate.opaque if f"{name}<" in seen},
+    }
     return _Run(results, {**dict(module.named_parameters()), **tensors, **seen})
 
 
@@ -235,6 +239,15 @@ def _relative(results: Results, exact: Results) -> float:
         for name, truth in exact.items()
         if not name.startswith("gradient")
     )
+
+
+def _same(ours: Results, theirs: Results, name: str) -> bool:
+    """Equal but for the order of additions: the same modules made it."""
+    if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+        return False
+    return _norm(ours[name].double() - theirs[name].double()) <= 4 * torch.finfo(
+        theirs[name].dtype
+    ).eps * _norm(theirs[name])
 
 
 def verify(module: nn.Module, candidate: Candidate) -> Verdict:
@@ -307,6 +320,8 @@ def _judge(module: nn.Module, candidate: Candidate, inputs: Inputs, generator: t
     fraction, where = _worst(ours, own, exact)
     if torch.is_grad_enabled() and (stopped := replaced.reached(inputs) ^ original.reached(inputs)):
         return Verdict(None, f"it stops the gradient of {', '.join(sorted(stopped))}")
+    if candidate.boundary and not _same(replaced.tensors, original.tensors, f"{candidate.boundary}<"):
+        return Verdict(None, f"what leads to its {candidate.boundary} is not what is known")
     if ours["output"].dtype != out.dtype:
         return Verdict(None, f"the replacement gives {ours['output'].dtype}, the module {out.dtype}")
     if not fraction <= 1:

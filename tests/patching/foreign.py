@@ -263,10 +263,12 @@ class PixNerDiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
 
+    def fetch_pos(self, height, width, device):
+        return rotary(self.hidden_size // self.num_groups, height, width).to(device)
+
     def forward(self, x, t, y, s=None, mask=None):
         batch, image, size = len(x), x.shape[2:], self.patch_size
-        head = self.hidden_size // self.num_groups
-        pos = rotary(head, image[0] // size, image[1] // size).to(x.device)
+        pos = self.fetch_pos(image[0] // size, image[1] // size, x.device)
         x = unfold(x, size)
         t = self.t_embedder(t.view(-1)).view(batch, -1, self.hidden_size)
         c = F.silu(t + self.y_embedder(y).view(batch, 1, self.hidden_size))
@@ -323,11 +325,13 @@ class TextPixNerDiT(nn.Module):
             TextRefineBlock(hidden_size, num_groups) for _ in range(num_text_blocks)
         )
 
+    def fetch_pos(self, height, width, device):
+        return rotary(self.hidden_size // self.num_groups, height, width, (height, width)).to(device)
+
     def states(self, x, t, y):
         """Hidden states [B, L, D], from an image at the encoder's resolution."""
         size = self.patch_size
-        height, width = x.shape[2] // size, x.shape[3] // size
-        pos = rotary(self.hidden_size // self.num_groups, height, width, (height, width)).to(x.device)
+        pos = self.fetch_pos(x.shape[2] // size, x.shape[3] // size, x.device)
         t = self.t_embedder(t.view(-1)).view(len(x), -1, self.hidden_size)
         y = self.y_embedder(y).view(len(x), -1, self.hidden_size) + self.y_pos_embedding.to(y.dtype)
         condition = F.silu(t)

@@ -121,7 +121,7 @@ def test_the_node_patches_while_the_model_is_loaded(comfy):
 
 @pytest.mark.parametrize(("channels", "patch", "tile"), [(16, 8, 16), (32, 16, 16), (32, 16, 0), (16, 16, 4)])
 def test_the_estimate_is_what_is_measured(channels, patch, tile):
-    """To a quarter before the patch; after it, as an upper bound."""
+    """To a quarter before the patch; after it, as an upper bound, the coordinate tables apart."""
     sys.path.append(str(Path(__file__).parents[2]))
     from benchmarks.memory import allocation_peak
 
@@ -136,7 +136,7 @@ def test_the_estimate_is_what_is_measured(channels, patch, tile):
         measured = allocation_peak(lambda: (model(image, hidden),)).peak
         assert 0.75 * before < measured < 1.25 * before
         assert pk.patch(model, ops="pixel_decoder").replaced
-        assert allocation_peak(lambda: (model(image, hidden),)).peak <= 1.05 * after
+        assert allocation_peak(lambda: (model(image, hidden),)).peak <= after + (1 << 20)
 
 
 def test_the_folder_for_comfyui_needs_nothing_beside_it():

@@ -1,4 +1,4 @@
-"""Chroma1-Radiance's whole pixel head as one op."""
+"""Whole pixel heads as one op: Chroma1-Radiance's, and the official PixNerDiT's."""
 
 import foreign
 import pytest
@@ -132,3 +132,113 @@ def test_gradients_flow(decoded):
         gradients.append(torch.autograd.grad(out.square().sum(), [*inputs, *model.parameters()]))
     for theirs, ours in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# The official PixNerDiT
+
+
+def official(cls=foreign.PixNerDiT, **options):
+    torch.manual_seed(8)
+    model = cls(**options)
+    nn.init.normal_(model.final_layer.linear.weight, std=0.3)
+    return model
+
+
+def given(model, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(9)
+    x, t = torch.randn(2, 3, 16, 24, generator=generator), torch.rand(2, generator=generator)
+    y = (
+        torch.tensor([1, 10])
+        if type(model) is foreign.PixNerDiT
+        else torch.randn(2, 7, 24, generator=generator)
+    )
+    return x.to(dtype), t.to(dtype), y.to(dtype) if y.is_floating_point() else y
+
+
+@pytest.fixture
+def decoded_officially(monkeypatch):
+    from pixnerd_kernels.patching.rules import official_head
+
+    calls = []
+    whole = official_head.pixel_decoder
+    monkeypatch.setattr(official_head, HEAD, lambda *a, **k: calls.append(1) or whole(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize("cls", [foreign.PixNerDiT, foreign.TextPixNerDiT, foreign.HeavyPixNerDiT])
+def test_official_heads(cls, decoded_officially):
+    model, twin = official(cls), official(cls)
+    report = pk.patch(model, ops=HEAD)
+    assert head(report).status == "replaced", head(report).reason
+    decoded_officially.clear()
+    torch.testing.assert_close(model(*given(twin)), twin(*given(twin)), rtol=1e-4, atol=1e-5)
+    assert decoded_officially == [1]
+    with torch.autocast("cpu"):
+        out, expected = model(*given(twin)), twin(*given(twin))
+    assert out.dtype == expected.dtype
+    assert torch.linalg.vector_norm(out - expected) < 0.05 * torch.linalg.vector_norm(expected)
+    if cls is foreign.HeavyPixNerDiT:  # the scale may change after the patch
+        for each in (model, twin):
+            each.decoder_patch_scaling_h, each.decoder_patch_scaling_w = 2.0, 1.5
+        torch.testing.assert_close(model(*given(twin)), twin(*given(twin)), rtol=1e-4, atol=1e-5)
+    report.unpatch()
+    assert type(model) is cls
+
+
+def test_a_fresh_official_model(decoded_officially):
+    """Its final layer starts at zero: gradients tell what outputs cannot, and without them it is refused."""
+    assert head(pk.patch(foreign.PixNerDiT())).status == "replaced"
+    with torch.inference_mode():
+        entry = head(pk.patch(foreign.PixNerDiT()))
+    assert entry.status == "left"
+    assert "cannot tell" in entry.reason
+
+
+class AddsItsInput(foreign.PixNerDiT):
+    def forward(self, x, t, y, s=None, mask=None):
+        return super().forward(x, t, y, s, mask) + 0.1 * x
+
+
+class OtherStates(foreign.PixNerDiT):
+    """Other positions than those that its `fetch_pos` gives."""
+
+    def fetch_pos(self, height, width, device):
+        return super().fetch_pos(width, height, device)
+
+    def forward(self, x, t, y, s=None, mask=None):
+        self.fetch_pos = super().fetch_pos
+        try:
+            return super().forward(x, t, y, s, mask)
+        finally:
+            del self.fetch_pos
+
+
+def test_other_official_heads_are_left():
+    assert "computes no known form" in head(pk.patch(official(AddsItsInput))).reason
+    assert "what leads to its blocks.1 is not what is known" in head(pk.patch(official(OtherStates))).reason
+
+
+def test_official_calls_that_the_op_does_not_take(decoded_officially):
+    """Hidden states from outside, a hook on a field block."""
+    model, twin = official(), official()
+    pk.patch(model, ops=HEAD)
+    decoded_officially.clear()
+    x, t, y = given(twin)
+    s = torch.randn(2, 6, 32)
+    assert torch.equal(model(x, t, y, s), twin(x, t, y, s))
+    model.blocks[2].register_forward_hook(lambda *args: args[2] * 2)
+    assert not torch.equal(model(x, t, y), twin(x, t, y))
+    assert decoded_officially == []
+
+
+def test_official_gradients(decoded_officially):
+    gradients = []
+    for patched in (False, True):
+        model = official()
+        if patched:
+            pk.patch(model, ops=HEAD)
+        x, t, y = given(model)
+        x.requires_grad_()
+        gradients.append(torch.autograd.grad(model(x, t, y).square().sum(), [x, *model.parameters()]))
+    for theirs, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from pixnerd_kernels.ops import DecoderBlockParams, DecoderParams, coordinate_encoding, pixel_decoder
+from pixnerd_kernels.ops import DecoderBlockParams, DecoderParams, pixel_decoder
 from pixnerd_kernels.ops.neural_field_mlp import WEIGHTS
 from pixnerd_kernels.patching.probe import Candidate, Form, Inputs
 from pixnerd_kernels.patching.rules.base import (
@@ -23,14 +22,13 @@ from pixnerd_kernels.patching.rules.base import (
     observed,
     plain_dtype,
 )
+from pixnerd_kernels.patching.rules.head import encode, fields, frequencies
 from pixnerd_kernels.patching.rules.neural_field import FieldFormula
 from pixnerd_kernels.patching.swap import Replacement, arguments
 
 _EMBEDDER, _BLOCKS = "nerf_image_embedder", "nerf_blocks"
 _FINAL = ("nerf_final_layer_conv", "nerf_final_layer")
-_ENCODINGS = ("dct_integer", "dct", "dct_paper")
-#: Rows of a generating layer that are converted to float64 at a time.
-_CHUNK = 4096
+_ENCODINGS = ("dct_integer", "dct")
 
 
 @dataclass(frozen=True)
@@ -83,25 +81,6 @@ def _bypassed(module: Any) -> Iterator[nn.Module]:
         yield from block.modules()
 
 
-def generate(layer: nn.Linear, hidden: Tensor) -> Tensor:
-    """The layer at hidden's dtype; wider than the layer's, in chunks of rows that backward converts again."""
-    if hidden.dtype == layer.weight.dtype:
-        out: Tensor = layer(hidden)
-        return out
-    biases = [None] * len(layer.weight) if layer.bias is None else layer.bias.split(_CHUNK)
-    return torch.cat(
-        [_rows(hidden, w, b) for w, b in zip(layer.weight.split(_CHUNK), biases, strict=False)], -1
-    )
-
-
-def _rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    def run(h: Tensor) -> Tensor:
-        return F.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
-
-    out: Tensor = checkpoint(run, hidden, use_reentrant=False) if torch.is_grad_enabled() else run(hidden)
-    return out
-
-
 @dataclass(frozen=True)
 class _Formula:
     """The features [B, D1, H, W], from image, hidden, the embedder's weight and bias, and every block's norm."""
@@ -118,17 +97,11 @@ class _Formula:
     ) -> dict[str, Tensor]:
         """`last` is what the final layer gave."""
         batch, channels, height, width = image.shape
-        states = hidden.flatten(0, 1)
-        pixels = F.unfold(image, self.size, stride=self.size).transpose(1, 2)
-        pixels = pixels.reshape(len(states), channels, -1).transpose(1, 2)
-        frequencies = round((weight.shape[1] - channels) ** 0.5)
-        table = coordinate_encoding(
-            self.size, self.size, frequencies, self.encoding, device=image.device, dtype=image.dtype
-        )
-        x = F.linear(torch.cat([pixels, table.expand(len(states), -1, -1)], -1), weight, bias)
-        for generator, norm in zip(self.generators, norms, strict=True):
-            field = FieldFormula(self.hidden, True, WEIGHTS, self.eps)
-            x = field(x, generate(generator, states), norm)
+        patch = (self.size, self.size)
+        table = encode(self.encoding, patch, frequencies(weight, channels), image)
+        field = FieldFormula(self.hidden, True, WEIGHTS, self.eps)
+        blocks = zip(self.generators, norms, strict=True)
+        x = fields(image, hidden, patch, table, weight, bias, blocks, field)
         x = x.transpose(1, 2).reshape(batch, hidden.shape[1], -1).transpose(1, 2)
         features = F.fold(x, (height, width), self.size, stride=self.size)
         return {f"{self.final}<": features, "output": last}
@@ -197,7 +170,7 @@ class RadianceHeadRule:
             for encoding in _ENCODINGS
         )
         return Candidate(
-            forms, inputs, (), f"{_BLOCKS}.0.param_generator.weight", (final,), RadianceHead.method
+            forms, inputs, (), f"{_BLOCKS}.0.param_generator.weight", (final,), method=RadianceHead.method
         )
 
 
