@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import claims, model, ops, report
+from benchmarks import claims, model, ops, patch, report
 
-COMMANDS = {"ops": ops, "model": model, "claims": claims, "report": report}
+COMMANDS = {"ops": ops, "model": model, "claims": claims, "report": report, "patch": patch}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
