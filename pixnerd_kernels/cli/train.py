@@ -51,18 +51,21 @@ def add_parser(subparsers: Subparsers) -> None:
         kind: Any = str if name == "encoding" else integer(0 if name == "num_blocks" else 1)
         sizes.add_argument(_flag(name), type=kind)
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=integer(1), help="optimiser steps of the whole run (2000)")
-    group.add_argument("--batch-size", type=integer(1), help="images of a step (64)")
-    group.add_argument("--learning-rate", type=positive_number, help="AdamW's peak rate (0.001)")
+    group.add_argument("--steps", type=integer(1), help="optimiser steps of the whole run (3000)")
+    group.add_argument("--batch-size", type=integer(1), help="images of a step (32)")
+    group.add_argument("--learning-rate", type=positive_number, help="AdamW's peak rate (0.003)")
     group.add_argument("--warmup", type=integer(0), help="steps of linear warm-up (100)")
-    group.add_argument("--cooldown", type=float, help="share of the steps over which the rate falls (0.3)")
+    group.add_argument("--cooldown", type=float, help="share of the steps over which the rate falls (0.6)")
     group.add_argument("--weight-decay", type=float, help="AdamW's (0)")
-    group.add_argument("--ema", type=float, help="decay of the averaged weights (0.999)")
+    group.add_argument("--ema", type=float, help="decay of the averaged weights (0.998)")
     group.add_argument("--clip", type=positive_number, help="largest norm of the gradients (1)")
     group.add_argument("--class-dropout", type=float, help="share of images trained without class (0.1)")
     group.add_argument("--timeshift", type=positive_number, help="above 1 trains more at noisy times (1)")
     group.add_argument(
-        "--decoder-scales", type=positive_number, nargs="+", help="resolutions to train at, over --size (1)"
+        "--decoder-scales",
+        type=positive_number,
+        nargs="+",
+        help="resolutions to train at, as multiples of --size, each as often as it is named (1 1 2)",
     )
     group.add_argument(
         "--autocast", choices=("auto", "off", "bf16"), help="bf16 on a GPU, off on a CPU (auto)"

@@ -40,17 +40,17 @@ class Settings:
     data: str
     size: int
     model: PixNerdConfig
-    steps: int = 2000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
+    steps: int = 3000
+    batch_size: int = 32
+    learning_rate: float = 3e-3
     warmup: int = 100
-    cooldown: float = 0.3
+    cooldown: float = 0.6
     weight_decay: float = 0.0
-    ema: float = 0.999
+    ema: float = 0.998
     clip: float = 1.0
     class_dropout: float = 0.1
     timeshift: float = 1.0
-    decoder_scales: tuple[float, ...] = (1.0,)
+    decoder_scales: tuple[float, ...] = (1.0, 1.0, 2.0)
     autocast: str = "off"
     seed: int = 0
 

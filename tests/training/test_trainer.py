@@ -12,7 +12,9 @@ from pixnerd_kernels.models import PixNerdConfig
 from pixnerd_kernels.training import Dataset, Settings, Trainer, checkpoint, load_dataset, load_sampler, train
 
 MODEL = PixNerdConfig(32, 2, 1, 1, 8, 2, patch_size=4, in_channels=1, num_classes=10, max_freqs=3)
-SETTINGS = Settings("digits", 8, MODEL, steps=8, batch_size=16, warmup=2, decoder_scales=(1.0, 2.0))
+SETTINGS = Settings(
+    "digits", 8, MODEL, steps=8, batch_size=16, learning_rate=1e-3, warmup=2, decoder_scales=(1.0, 2.0)
+)
 
 
 @pytest.fixture(scope="module")
