@@ -19,6 +19,10 @@ demo: $(VENV)/.installed
 	$(BIN)/pixnerd info
 	$(BIN)/pixnerd verify
 	$(BIN)/pixnerd fit china --out $(OUT)
+	$(BIN)/pixnerd train --data mnist --out $(OUT)/mnist --sample-every 0 \
+		$(if $(wildcard $(OUT)/mnist/checkpoint.safetensors),--resume)
+	for size in 28 112; do $(BIN)/pixnerd sample $(OUT)/mnist/checkpoint.safetensors \
+		--n 40 --columns 10 --size $$size --out $(OUT)/digits-$$size.png || exit 1; done
 	$(BIN)/python -m benchmarks ops --quick --accept compile --case 'neural_field_mlp-plain*' --out $(OUT)
 	@echo "Look at:" && ls -1 $(OUT)/*
 

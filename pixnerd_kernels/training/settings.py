@@ -21,9 +21,10 @@ class Settings:
         model: sizes of the model.
         steps: optimiser steps of the whole run.
         batch_size: images of a step.
-        learning_rate: AdamW's peak rate, reached linearly over `warmup` steps and brought to zero over the
+        optimiser: "muon" (for the matrices between input and output, AdamW for the rest) or "adamw".
+        learning_rate: the optimiser's peak rate, reached linearly over `warmup` steps and brought to zero over the
             last `cooldown` (a share of the steps) along a cosine.
-        weight_decay: AdamW's.
+        weight_decay: decoupled, of every parameter.
         ema: decay of the averaged weights per step; lower at first, (1 + step) / (10 + step).
         clip: largest norm of the gradients.
         class_dropout: probability of training an image without its class.
@@ -42,6 +43,7 @@ class Settings:
     model: PixNerdConfig
     steps: int = 3000
     batch_size: int = 32
+    optimiser: str = "muon"
     learning_rate: float = 3e-3
     warmup: int = 100
     cooldown: float = 0.6
@@ -65,6 +67,7 @@ class Settings:
         for name in ("ema", "class_dropout", "cooldown"):
             if not 0 <= getattr(self, name) <= 1:
                 problems.add(name, "a number from 0 to 1", getattr(self, name))
+        problems.choice("optimiser", self.optimiser, ("muon", "adamw"))
         problems.choice("autocast", self.autocast, ("off", "bf16"))
         patch = self.model.patch_size
         if problems.count("size", self.size) and self.size % patch:

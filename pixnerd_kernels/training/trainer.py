@@ -15,6 +15,7 @@ from pixnerd_kernels.models import PixNerd
 from pixnerd_kernels.nn import scaled_patch
 from pixnerd_kernels.training import checkpoint
 from pixnerd_kernels.training.data import Dataset
+from pixnerd_kernels.training.muon import Muon
 from pixnerd_kernels.training.settings import Settings
 
 
@@ -50,9 +51,7 @@ class Trainer:
             torch.manual_seed(settings.seed)
             self.model = PixNerd(settings.model).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimisers = _optimisers(self.model, settings)
         self.generator = torch.Generator(self.device).manual_seed(settings.seed)
         self.losses: list[float] = []
 
@@ -86,12 +85,14 @@ class Trainer:
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss of step {step + 1} is {value}; try a lower learning rate")
-        self.optimiser.zero_grad()
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-        for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate_at(step)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = settings.learning_rate_at(step)
+            optimiser.step()
         with torch.no_grad():
             averages: list[Tensor] = list(self.ema.parameters())
             weights: list[Tensor] = list(self.model.parameters())
@@ -139,8 +140,9 @@ class Trainer:
         tensors = {f"ema.{name}": tensor for name, tensor in self.ema.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             tensors[f"model.{name}"] = parameter
-            for key, value in self.optimiser.state[parameter].items():
-                tensors[f"optimiser.{name}.{key}"] = value
+            for optimiser in self.optimisers:
+                for key, value in optimiser.state.get(parameter, {}).items():
+                    tensors[f"optimiser.{name}.{key}"] = value
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["generator"] = self.generator.get_state()
         content = {
@@ -166,14 +168,16 @@ class Trainer:
             raise ValueError(f"{path}: the images in {self.settings.data!r} have changed since it was saved")
         self.model.load_state_dict(_group(tensors, "model."))
         self.ema.load_state_dict(_group(tensors, "ema."))
-        names = [name for name, _ in self.model.named_parameters()]
-        state = {
-            index: values
-            for index, name in enumerate(names)
-            if (values := _group(tensors, f"optimiser.{name}."))
-        }
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimiser in self.optimisers:
+            own = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+            state = {
+                index: values
+                for index, parameter in enumerate(own)
+                if (values := _group(tensors, f"optimiser.{names[parameter]}."))
+            }
+            groups = optimiser.state_dict()["param_groups"]
+            optimiser.load_state_dict({"state": state, "param_groups": groups})
         self.generator.set_state(tensors["generator"])
         self.losses = tensors["losses"].tolist()
 
@@ -190,6 +194,18 @@ def load_sampler(path: str | Path, device: torch.device | str = "cpu") -> tuple[
         model = PixNerd(settings.model)
     model.load_state_dict(tensors, assign=True)
     return model.to(device).requires_grad_(False), settings, content["classes"]
+
+
+def _optimisers(model: PixNerd, settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the matrices between input and output and AdamW for the rest."""
+    inner: list[Tensor] = []
+    if settings.optimiser == "muon":
+        outer = ("patch_embed.", "class_embed.", "decoder.embed.", "decoder.linear.")
+        inner = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith(outer)]
+    matrices = set(inner)
+    rest = [p for p in model.parameters() if p not in matrices]
+    adamw = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True)
+    return [adamw, Muon(inner, lr=0.0, weight_decay=settings.weight_decay)] if inner else [adamw]
 
 
 def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -33,10 +33,15 @@ def assert_same_files(first, second):
         assert torch.equal(tensor, other[name]), name
 
 
+@pytest.fixture(scope="module", params=["muon", "adamw"])
+def settings(request):
+    return replace(SETTINGS, optimiser=request.param)
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(digits, tmp_path_factory):
+def uninterrupted(settings, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    assert train(Trainer(SETTINGS, digits), folder, save_every=0, sample_every=0, sample_steps=2, quiet=True)
+    assert train(Trainer(settings, digits), folder, save_every=0, sample_every=0, sample_steps=2, quiet=True)
     return folder / "checkpoint.safetensors"
 
 
@@ -48,13 +53,13 @@ def test_the_loss_falls(digits):
 
 
 @pytest.mark.parametrize("cut", [1, 5])
-def test_saving_and_resuming_changes_no_bit(digits, uninterrupted, tmp_path, cut):
-    first = Trainer(SETTINGS, digits)
+def test_saving_and_resuming_changes_no_bit(digits, settings, uninterrupted, tmp_path, cut):
+    first = Trainer(settings, digits)
     for _ in range(cut):
         first.step()
     first.save(tmp_path / "cut.safetensors")
     torch.manual_seed(99)  # the process's own random numbers play no part
-    second = Trainer(SETTINGS, digits)
+    second = Trainer(settings, digits)
     second.load(tmp_path / "cut.safetensors")
     assert second.steps_done == cut
     train(second, tmp_path, save_every=0, sample_every=0, sample_steps=2, quiet=True)
@@ -62,7 +67,7 @@ def test_saving_and_resuming_changes_no_bit(digits, uninterrupted, tmp_path, cut
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_finishes_the_step_and_saves(digits, uninterrupted, tmp_path, number):
+def test_an_interruption_finishes_the_step_and_saves(digits, settings, uninterrupted, tmp_path, number):
     class Interrupted(Trainer):
         def _batch(self, step):
             if step == 3:
@@ -71,9 +76,9 @@ def test_an_interruption_finishes_the_step_and_saves(digits, uninterrupted, tmp_
 
     options = {"save_every": 0, "sample_every": 2, "sample_steps": 2, "quiet": True}
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert not train(Interrupted(SETTINGS, digits), tmp_path, **options)
+    assert not train(Interrupted(settings, digits), tmp_path, **options)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    resumed = Trainer(SETTINGS, digits)
+    resumed = Trainer(settings, digits)
     resumed.load(tmp_path / "checkpoint.safetensors")
     assert resumed.steps_done == 4
     assert train(resumed, tmp_path, **options)
@@ -81,8 +86,8 @@ def test_an_interruption_finishes_the_step_and_saves(digits, uninterrupted, tmp_
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
-def test_another_seed_gives_other_weights(digits, uninterrupted):
-    trainer = Trainer(replace(SETTINGS, seed=1), digits)
+def test_another_seed_gives_other_weights(digits, settings, uninterrupted):
+    trainer = Trainer(replace(settings, seed=1), digits)
     weight = tensors(uninterrupted)["model.patch_embed.weight"]
     assert not torch.equal(trainer.model.patch_embed.weight, weight)
 
@@ -100,7 +105,8 @@ def test_the_optimiser_takes_every_parameter_and_the_schedule(digits):
     for _ in range(3):  # the output layer starts at zero, so other gradients come later
         trainer.step()
     assert all(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
-    assert trainer.optimiser.param_groups[0]["lr"] == SETTINGS.learning_rate_at(2)
+    for optimiser in trainer.optimisers:
+        assert [group["lr"] for group in optimiser.param_groups] == [SETTINGS.learning_rate_at(2)]
 
 
 def test_the_average_follows_the_weights(digits):
@@ -139,9 +145,9 @@ def test_enlarged_targets_keep_the_trained_pixels(digits):
     assert trainer._resized(images, 8) is images
 
 
-def test_the_averaged_model_is_what_is_sampled(digits, uninterrupted):
-    model, settings, names = load_sampler(uninterrupted)
-    assert settings == SETTINGS
+def test_the_averaged_model_is_what_is_sampled(digits, settings, uninterrupted):
+    model, saved, names = load_sampler(uninterrupted)
+    assert saved == settings
     assert names == list("0123456789")
     assert torch.equal(model.patch_embed.weight, tensors(uninterrupted)["ema.patch_embed.weight"])
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -151,14 +157,14 @@ def test_settings_survive_json():
     assert Settings.from_dict(json.loads(json.dumps(SETTINGS.to_dict()))) == SETTINGS
 
 
-def test_another_configuration_or_other_images_are_refused(digits, uninterrupted):
-    other = replace(SETTINGS, learning_rate=2e-3, model=replace(MODEL, num_blocks=2))
+def test_another_configuration_or_other_images_are_refused(digits, settings, uninterrupted):
+    other = replace(settings, learning_rate=2e-3, model=replace(MODEL, num_blocks=2))
     expected = r"learning_rate is 0\.002, the run has 0\.001; model\.num_blocks is 2, the run has 1"
     with pytest.raises(ValueError, match=expected):
         Trainer(other, digits).load(uninterrupted)
     changed = replace(digits, images=255 - digits.images)
     with pytest.raises(ValueError, match="the images in 'digits' have changed"):
-        Trainer(SETTINGS, changed).load(uninterrupted)
+        Trainer(settings, changed).load(uninterrupted)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(digits, tmp_path):
