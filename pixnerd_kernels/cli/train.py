@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pixnerd_kernels.training import Settings
 
 #: For each data set that ships in a package: pixels, channels, model. A folder takes the last line.
-_DEFAULTS = {"digits": (8, 1, "tiny/4"), "mnist": (28, 1, "small/4"), "": (64, 3, "small/8")}
+_DEFAULTS = {"digits": (8, 1, "tiny/4"), "mnist": (28, 1, "small/7"), "": (64, 3, "small/8")}
 
 #: Arguments that are settings of the same name, and those that are sizes of the model.
 _SETTINGS = (
@@ -44,15 +44,15 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--size", type=integer(1), help="pixels of an edge (digits 8, mnist 28, folder 64)")
     parser.add_argument("--channels", type=integer(1), help="1 grey, 3 colour (digits, mnist 1, folder 3)")
     parser.add_argument(
-        "--model", help="a named configuration (digits tiny/4, mnist small/4, folder small/8)"
+        "--model", help="a named configuration (digits tiny/4, mnist small/7, folder small/8)"
     )
     sizes = parser.add_argument_group("sizes that differ from the named configuration")
     for name in _SIZES:
         kind: Any = str if name == "encoding" else integer(0 if name == "num_blocks" else 1)
         sizes.add_argument(_flag(name), type=kind)
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=integer(1), help="optimiser steps of the whole run (3000)")
-    group.add_argument("--batch-size", type=integer(1), help="images of a step (32)")
+    group.add_argument("--steps", type=integer(1), help="optimiser steps of the whole run (1500)")
+    group.add_argument("--batch-size", type=integer(1), help="images of a step (48)")
     group.add_argument("--optimiser", choices=("muon", "adamw"), help="(muon)")
     group.add_argument("--learning-rate", type=positive_number, help="the optimiser's peak rate (0.003)")
     group.add_argument("--warmup", type=integer(0), help="steps of linear warm-up (100)")

@@ -113,8 +113,8 @@ CONFIGS = {
     "XL/16": PixNerdConfig(1152, 16, 26, 4),
     "L/16": PixNerdConfig(1024, 16, 22, 2),
     "small/8": PixNerdConfig(256, 8, 8, 2, field_channels=32, patch_size=8, max_freqs=6),
-    "small/4": PixNerdConfig(
-        128, 4, 4, 2, field_channels=16, patch_size=4, in_channels=1, num_classes=10, max_freqs=3
+    "small/7": PixNerdConfig(
+        128, 4, 4, 2, field_channels=32, patch_size=7, in_channels=1, num_classes=10, max_freqs=6
     ),
     "tiny/4": PixNerdConfig(
         96, 3, 4, 2, field_channels=16, patch_size=4, in_channels=1, num_classes=10, max_freqs=3

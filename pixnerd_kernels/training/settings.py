@@ -41,8 +41,8 @@ class Settings:
     data: str
     size: int
     model: PixNerdConfig
-    steps: int = 3000
-    batch_size: int = 32
+    steps: int = 1500
+    batch_size: int = 48
     optimiser: str = "muon"
     learning_rate: float = 3e-3
     warmup: int = 100
