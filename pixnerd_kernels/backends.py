@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -37,8 +39,12 @@ CPU_OPS = frozenset(
         "swiglu",
     }
 )
-#: Ops with a Triton kernel: none is written yet.
-TRITON_OPS: frozenset[str] = frozenset()
+#: Ops with a Triton kernel.
+TRITON_OPS = frozenset({"neural_field_mlp"})
+#: Those whose Triton kernel computes in float64 too.
+TRITON_FLOAT64_OPS: frozenset[str] = frozenset()
+#: The oldest Triton that the kernels are compiled with in tests.
+_OLDEST_TRITON = (3, 6)
 
 
 def _flag(name: str) -> bool:
@@ -143,16 +149,50 @@ def _warn_missing_core(reason: str) -> None:
     )
 
 
-def _triton_reasons(op: str, device: torch.device) -> list[str]:
+@functools.cache
+def _triton_missing() -> str:
+    """Why Triton cannot be used at all, or an empty string."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST_TRITON:
+        return f"triton {'.'.join(map(str, _OLDEST_TRITON))} or newer is needed, {version} is installed"
+    return ""
+
+
+def _interpreting() -> bool:
+    """Whether Triton's interpreter runs kernels on CPU tensors, as the tests do without a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _gpu_too_old(device: torch.device) -> str:
+    """Why this GPU cannot run the kernels, or an empty string."""
+    if torch.version.hip is not None:
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"compute capability 8.0 or newer is needed, {device} has {major}.{minor}"
+
+
+def _triton_reasons(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     reasons = []
     if op not in TRITON_OPS:
         reasons.append(f"no Triton kernel is written for {op} yet")
+    elif dtype == torch.float64 and op not in TRITON_FLOAT64_OPS:
+        reasons.append(f"the Triton kernel of {op} does not compute in float64")
+    if missing := _triton_missing():
+        reasons.append(missing)
+    if _interpreting():
+        if device.type != "cpu":
+            reasons.append(f"TRITON_INTERPRET is set: it needs CPU tensors, the inputs are on {device}")
+        return reasons
     if device.type != "cuda":
         reasons.append(f"it needs CUDA tensors, the inputs are on {device}")
     if not torch.cuda.is_available():
         reasons.append("torch sees no CUDA device")
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("triton is not installed")
+    elif device.type == "cuda" and (old := _gpu_too_old(device)):
+        reasons.append(old)
     return reasons
 
 
@@ -164,7 +204,7 @@ def not_supported_reasons(
     if dtype not in FLOATS:
         reasons.append(f"{dtype} is not one of float32, float64, bfloat16, float16")
     if backend == "triton":
-        reasons += _triton_reasons(op, device)
+        reasons += _triton_reasons(op, device, dtype)
     elif backend == "cpu":
         if op not in CPU_OPS:
             reasons.append(f"no CPU kernel is written for {op}")
@@ -195,6 +235,6 @@ def select(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> st
         if not missing:
             return "cpu"
         _warn_missing_core(missing)
-    elif device.type == "cuda" and op in TRITON_OPS and not _triton_reasons(op, device):
+    elif device.type == "cuda" and op in TRITON_OPS and not _triton_reasons(op, device, dtype):
         return "triton"
     return "reference"

@@ -229,6 +229,10 @@ def _backend(x: Tensor, forced: str) -> Any:
         from pixnerd_kernels.ops.neural_field_mlp import cpu
 
         return cpu
+    if name == "triton":
+        from pixnerd_kernels.ops.neural_field_mlp import triton
+
+        return triton
     return reference
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels.backends import native
-from pixnerd_kernels.checks import describe
 from pixnerd_kernels.ops.dtypes import compute_dtype
 from pixnerd_kernels.ops.native import DTYPES, dense_rows, strided
+from pixnerd_kernels.ops.neural_field_mlp.shapes import check_gradient, check_weights
 
 #: The core's numbers.
 ACTIVATIONS = {"silu": 0, "gelu": 1, "relu": 2}
@@ -29,27 +29,10 @@ def _field(
     norm_eps: float,
     weight_eps: float,
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """The core's description of a call, and the tensors that must outlive it.
-
-    Exported programs and graph passes call the op without the public function's checks: the shapes and dtypes that
-    the core relies on are checked once more.
-    """
+    """The core's description of a call, and the tensors that must outlive it."""
+    check_weights(x, w1, w2, w_gate, norm_weight)
     patches, pixels, channels = x.shape
     hidden = w1.shape[-1]
-    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("w1", w1, (patches, channels, hidden)),
-        ("w2", w2, (patches, hidden, channels)),
-        ("w_gate", w_gate, (patches, channels, hidden)),
-    ]
-    for name, weight, shape in expected:
-        if weight is not None and (
-            weight.shape != shape or weight.dtype != x.dtype or weight.device != x.device
-        ):
-            raise ValueError(
-                f"{name}: expected {list(shape)} {x.dtype} on {x.device}, got {describe(weight)}"
-            )
-    if norm_weight is not None and norm_weight.shape != (channels,):
-        raise ValueError(f"norm_weight: expected [{channels}], got {describe(norm_weight)}")
     x, w1, w2 = dense_rows(x), dense_rows(w1), dense_rows(w2)
     w_gate = None if w_gate is None else dense_rows(w_gate)
     if norm_weight is not None:
@@ -104,8 +87,7 @@ def backward(
     if norm_weight is not None:
         d_norm = torch.empty_like(norm_weight, dtype=compute_dtype(x.dtype))
     if x.numel():
-        if grad.shape != x.shape or grad.dtype != x.dtype:
-            raise ValueError(f"grad: expected {list(x.shape)} {x.dtype}, got {describe(grad)}")
+        check_gradient(grad, x)
         grad = dense_rows(grad)
         field, alive = _field(x, w1, w2, w_gate, norm_weight, *options)
         native().neural_field_mlp_backward(

@@ -1,0 +1,110 @@
+"""Launches the Triton kernels of `neural_field_mlp`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels.ops.gpu.launch import emulates, launch, padded, precision, target_of
+from pixnerd_kernels.ops.native import dense_rows
+from pixnerd_kernels.ops.neural_field_mlp.shapes import check_gradient, check_weights
+from pixnerd_kernels.ops.neural_field_mlp.triton import kernels
+from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose
+
+
+def _arguments(
+    plan: Plan,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_gate: Tensor | None,
+    norm_weight: Tensor | None,
+    normalize: Sequence[bool],
+    activation: str,
+    residual: bool,
+    norm_eps: float,
+    weight_eps: float,
+) -> dict[str, Any]:
+    """What both kernels take. An absent tensor is stood in for by another, which is not read."""
+    check_weights(x, w1, w2, w_gate, norm_weight)
+    x, w1, w2 = dense_rows(x), dense_rows(w1), dense_rows(w2)
+    gate = w1 if w_gate is None else dense_rows(w_gate)
+    norm = x if norm_weight is None else norm_weight
+    target = target_of(x.device)
+    return {
+        "x": x, "w1": w1, "w2": w2, "w_gate": gate, "norm_weight": norm,
+        "pixels": x.shape[1],
+        "x_patch": x.stride(0), "x_row": x.stride(1),
+        "w1_patch": w1.stride(0), "w1_row": w1.stride(1),
+        "w2_patch": w2.stride(0), "w2_row": w2.stride(1),
+        "gate_patch": gate.stride(0), "gate_row": gate.stride(1),
+        "norm_step": norm.stride(0),
+        "norm_eps": norm_eps, "weight_eps": weight_eps,
+        "CHANNELS": x.shape[2], "HIDDEN": w1.shape[2],
+        "TILE": plan.tile, "BLOCK_C": padded(x.shape[2]), "PIECE": plan.piece, "PIECES": plan.pieces,
+        "GATED": w_gate is not None, "NORM": norm_weight is not None,
+        "UNIT1": normalize[0], "UNIT2": normalize[1], "UNIT_GATE": normalize[2],
+        "ACTIVATION": activation, "RESIDUAL": residual,
+        "FAST": target.fast_tanh and x.dtype != torch.float32,
+        "PRECISION": precision(x.dtype, target), "EMULATE": emulates(x.dtype),
+    }  # fmt: skip
+
+
+def forward(
+    x: Tensor, w1: Tensor, w2: Tensor, w_gate: Tensor | None, norm_weight: Tensor | None, *options: Any
+) -> Tensor:
+    """y [N, S, D1] in x's dtype, contiguous."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel():
+        target = target_of(x.device)
+        problem = Problem.of(x, w1.shape[2], w_gate is not None, training=False)
+        plan = choose(problem, target)
+        launch(
+            kernels.forward_kernel, (problem.patches, plan.sharing(problem, target)), x.device, plan.options,
+            **_arguments(plan, x, w1, w2, w_gate, norm_weight, *options), y=y,
+        )  # fmt: skip
+    return y
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_gate: Tensor | None,
+    norm_weight: Tensor | None,
+    need_x: bool,
+    targets: Sequence[Tensor | None],
+    *options: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x (if needed) and norm_weight; those of w1, w2, w_gate are written into `targets`."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+    if not x.numel():
+        for target in targets:
+            if target is not None:
+                target.zero_()
+        return dx, None if norm_weight is None else torch.zeros_like(norm_weight)
+    check_gradient(grad, x)
+    grad = dense_rows(grad)
+    device = target_of(x.device)
+    problem = Problem.of(x, w1.shape[2], w_gate is not None, training=True)
+    plan = choose(problem, device)
+    programs, chunks = plan.programs(problem, device), plan.chunks(problem)
+    d1, d2, d_gate = (x if target is None else target for target in targets)
+    partial = x.new_empty((problem.patches, problem.channels), dtype=torch.float32)
+    block, waiting = padded(problem.channels), programs if chunks > 1 else 0
+    launch(
+        kernels.backward_kernel, (programs,), x.device, plan.options,
+        **_arguments(plan, x, w1, w2, w_gate, norm_weight, *options),
+        grad=grad, dx=x if dx is None else dx, d1=d1, d2=d2, d_gate=d_gate, d_norm=partial,
+        scratch_x=x.new_empty((waiting, problem.pixels, block), dtype=torch.float32),
+        scratch_2=x.new_empty((waiting, chunks * plan.piece * plan.pieces, block), dtype=torch.float32),
+        patches=problem.patches, grad_patch=grad.stride(0), grad_row=grad.stride(1),
+        d1_patch=d1.stride(0), d1_row=d1.stride(1), d2_patch=d2.stride(0), d2_row=d2.stride(1),
+        d_gate_patch=d_gate.stride(0), d_gate_row=d_gate.stride(1),
+        NEED_X=need_x, NEED_WEIGHTS=targets[0] is not None,
+    )  # fmt: skip
+    return dx, None if norm_weight is None else partial.sum(0).to(norm_weight.dtype)

@@ -1,0 +1,123 @@
+"""Launch policy of `neural_field_mlp`: tiles, pieces and warps by shape and GPU.
+
+On sm_90 a product whose result feeds another uses wgmma only with 16 rows for each warp. The forward therefore takes 64
+pixels and 4 warps, so that several patches share a processor; the backward keeps its weight gradients in registers,
+which leaves room for 32 pixels and 8 warps. On sm_100 products accumulate in tensor memory: 64 pixels fit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels.ops.gpu import tuned
+from pixnerd_kernels.ops.gpu.launch import Options, Target, padded
+
+TUNED = Path(__file__).with_name("tuned.json")
+#: Sums of weight gradients that fit in a program's registers, in bytes.
+_SUMS = 64 << 10
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice depends on, beside the GPU."""
+
+    training: bool
+    gated: bool
+    dtype: torch.dtype
+    patches: int
+    pixels: int
+    channels: int
+    hidden: int
+
+    @staticmethod
+    def of(x: Tensor, hidden: int, gated: bool, training: bool) -> Problem:
+        return Problem(training, gated, x.dtype, *x.shape, hidden)
+
+    @property
+    def key(self) -> str:
+        """Its name in `tuned.json`; the number of patches is no part of it."""
+        name = "backward" if self.training else "forward"
+        form = "gated" if self.gated else "plain"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{name} {form} {dtype} S={self.pixels} D1={self.channels} D2={self.hidden}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`tile` pixels at a time; `pieces` of `piece` hidden units on the chip at once."""
+
+    tile: int
+    piece: int
+    pieces: int
+    warps: int
+    stages: int = 1
+
+    @property
+    def options(self) -> Options:
+        return Options(self.warps, self.stages)
+
+    def chunks(self, problem: Problem) -> int:
+        return math.ceil(problem.hidden / (self.piece * self.pieces))
+
+    def sharing(self, problem: Problem, target: Target) -> int:
+        """Programs that share the tiles of a patch in the forward: more than one where patches are few."""
+        wanted = math.ceil(4 * target.processors / max(problem.patches, 1))
+        return min(wanted, math.ceil(problem.pixels / self.tile))
+
+    def programs(self, problem: Problem, target: Target) -> int:
+        """Programs of the backward: one for each patch, or as many as run at once where each needs scratch."""
+        if self.chunks(problem) == 1:
+            return problem.patches
+        return min(problem.patches, target.processors * max(1, 8 // self.warps))
+
+    def entry(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def choose(problem: Problem, target: Target) -> Plan:
+    """The tuned plan of this GPU and problem, or the heuristic's."""
+    if plan := tuned.overridden():
+        return plan  # type: ignore[no-any-return]
+    if entry := tuned.entry(TUNED, target.name, problem.key):
+        return Plan(**entry)
+    return _backward(problem, target) if problem.training else _forward(problem, target)
+
+
+def _forward(problem: Problem, target: Target) -> Plan:
+    c, wide = padded(problem.channels), problem.dtype == torch.float32
+    piece = _piece(problem.hidden, 32 if wide or c > 128 else 64)
+    pieces = math.ceil(problem.hidden / piece)
+    weights = (3 if problem.gated else 2) * c * piece * pieces * problem.dtype.itemsize
+    if weights > _weights_budget(target) or pieces > 8:
+        pieces = 1
+    tile = min(64 if c <= 128 and not wide else 32, padded(problem.pixels))
+    return Plan(tile, piece, pieces, warps=4)
+
+
+def _backward(problem: Problem, target: Target) -> Plan:
+    c, wide = padded(problem.channels), problem.dtype == torch.float32
+    room = (_SUMS // 2 if wide else _SUMS) // (4 * c * (3 if problem.gated else 2))
+    piece = _piece(problem.hidden, max(16, min(128, 1 << (room.bit_length() - 1))))
+    pieces = min(math.ceil(problem.hidden / piece), max(1, room // piece))
+    tile = 64 if target.backend == "cuda" and int(target.arch) >= 100 and not wide else 32
+    tile = min(tile if c <= 128 else 16, padded(problem.pixels))
+    return Plan(tile, piece, pieces, warps=8 if c * piece * pieces >= 4096 else 4)
+
+
+def _piece(hidden: int, largest: int) -> int:
+    """The largest piece that pads the hidden dimension by at most an eighth more than the smallest would."""
+    sizes = [size for size in (128, 64, 32, 16) if size <= largest]
+    least = min(math.ceil(hidden / size) * size for size in sizes)
+    return next(size for size in sizes if 8 * math.ceil(hidden / size) * size <= 9 * least)
+
+
+def _weights_budget(target: Target) -> int:
+    """Bytes of weights that the forward keeps in shared memory; two programs should fit a processor."""
+    if target.backend == "hip":
+        return 32 << 10
+    return 100 << 10 if target.backend == "cuda" and int(target.arch) in (90, 100, 103) else 64 << 10
