@@ -6,9 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import claims, model, ops, patch, report
+from benchmarks import claims, model, ops, patch, report, resources
 
-COMMANDS = {"ops": ops, "model": model, "claims": claims, "report": report, "patch": patch}
+COMMANDS = {
+    "ops": ops,
+    "model": model,
+    "claims": claims,
+    "report": report,
+    "patch": patch,
+    "resources": resources,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,9 +40,9 @@ CPU_OPS = frozenset(
     }
 )
 #: Ops with a Triton kernel.
-TRITON_OPS = frozenset({"neural_field_mlp"})
+TRITON_OPS = frozenset({"neural_field_mlp", "coordinate_encoding", "normalize_weights"})
 #: Those whose Triton kernel computes in float64 too.
-TRITON_FLOAT64_OPS: frozenset[str] = frozenset()
+TRITON_FLOAT64_OPS = frozenset({"coordinate_encoding"})
 #: The oldest Triton that the kernels are compiled with in tests.
 _OLDEST_TRITON = (3, 6)
 

@@ -1,4 +1,8 @@
-"""The backends that every op is tested on, and the proof that the compiled core ran where it should have."""
+"""The backends that every op is tested on, and the proof that compiled kernels ran where they should have.
+
+`triton` runs on a GPU where there is one, with every tensor of the test made there, and under TRITON_INTERPRET=1 on the
+CPU, which tests/test_triton.py does in a process of its own.
+"""
 
 import os
 from collections import Counter
@@ -41,7 +45,7 @@ class Backend:
 
     @property
     def compiled(self) -> bool:
-        return self.name == "cpu"
+        return self.name != "reference"
 
 
 def compiled_core():
@@ -71,8 +75,51 @@ def spied(core, patch: pytest.MonkeyPatch) -> Counter:
     return calls
 
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def forced_triton() -> Iterator[Backend]:
+    """The Triton kernels on the first GPU, or in the interpreter."""
+    if not INTERPRETING and not torch.cuda.is_available():
+        pytest.skip("no CUDA device; tests/test_triton.py runs the Triton kernels in the interpreter")
+    from pixnerd_kernels.ops.gpu.launch import watch
+
+    backend = Backend("triton")
+
+    def count(launch):
+        backend.calls[launch.name] += 1
+        return True
+
+    with torch.device("cpu" if INTERPRETING else "cuda"), watch(count), use_backend("triton"):
+        yield backend
+    assert backend.calls or backend.may_idle, "the Triton kernels were forced, but did not run"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "float64: the test computes in float64 only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what the Triton kernels do not offer: float64, where an op is not in TRITON_FLOAT64_OPS."""
+    left_out = []
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        stem = item.path.stem.removeprefix("test_")
+        offered = any(stem.startswith(name) for name in backends.TRITON_FLOAT64_OPS)
+        wide = item.get_closest_marker("float64") or torch.float64 in [
+            value for value in parameters.values() if isinstance(value, torch.dtype)
+        ]
+        if "triton" in [v for v in parameters.values() if isinstance(v, str)] and wide and not offered:
+            left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
 def forced(parameter: str, patch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    """`reference`, `cpu` (the best instruction set) or `cpu-<instruction set>`, forced until the test is over."""
+    """`reference`, `triton`, `cpu` (the best instruction set) or `cpu-<instruction set>`, until the test is over."""
+    if parameter == "triton":
+        yield from forced_triton()
+        return
     name, _, isa = parameter.partition("-")
     if name == "reference":
         core, calls = backends._load_native()[0], Counter()
@@ -96,7 +143,7 @@ def forced(parameter: str, patch: pytest.MonkeyPatch) -> Iterator[Backend]:
         assert calls or backend.may_idle, "the compiled core was forced, but did not run"
 
 
-@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS)])
+@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS), "triton"])
 def backend(request, monkeypatch):
     """Every backend, the compiled core once for each of its instruction sets."""
     yield from forced(request.param, monkeypatch)
@@ -108,7 +155,7 @@ def compiled(request, monkeypatch):
     yield from forced(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def any_isa(request, monkeypatch):
     """Every backend, for tests of what happens around a kernel."""
     yield from forced(request.param, monkeypatch)

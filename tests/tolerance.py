@@ -12,7 +12,7 @@ from torch import Tensor
 
 def error_and_limit(out: Tensor, plain: Tensor, exact: Tensor) -> tuple[float, float]:
     """||out - exact|| and its bound."""
-    exact = exact.double()
+    out, plain, exact = out.cpu(), plain.cpu(), exact.cpu().double()
     limit = 2 * torch.linalg.vector_norm(plain.double() - exact)
     limit += 4 * torch.finfo(out.dtype).eps * torch.linalg.vector_norm(exact)
     return torch.linalg.vector_norm(out.double() - exact).item(), limit.item()
@@ -37,5 +37,6 @@ def assert_within(
 
 def relative(out: Tensor, expected: Tensor) -> float:
     """||out - expected|| / ||expected||."""
+    out, expected = out.cpu(), expected.cpu()
     difference = torch.linalg.vector_norm(out.double() - expected.double())
     return (difference / torch.linalg.vector_norm(expected.double())).item()

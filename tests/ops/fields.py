@@ -20,6 +20,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 Tensors = dict[str, Tensor]
 
 
+def drawn(*shape: int, generator: torch.Generator) -> Tensor:
+    """Normal numbers in float64, the same on every device, on torch's default one."""
+    numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return numbers.to(torch.get_default_device())
+
+
 @dataclass(frozen=True)
 class Case:
     """N patches of S pixels, D1 channels, D2 hidden; `norm` is None, "same" (x's dtype) or "fp32"."""
@@ -56,7 +62,7 @@ class Case:
         draw = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
-            return torch.randn(*shape, generator=draw, dtype=torch.float64).to(to)
+            return drawn(*shape, generator=draw).to(to)
 
         tensors = {
             "x": normal(self.n, self.s, self.d1),
@@ -74,7 +80,7 @@ class Case:
     def upstream(self, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
         """The incoming gradient."""
         draw = torch.Generator().manual_seed(seed)
-        return torch.randn(self.n, self.s, self.d1, generator=draw, dtype=torch.float64).to(dtype)
+        return drawn(self.n, self.s, self.d1, generator=draw).to(dtype)
 
     def with_(self, **changes) -> "Case":
         return replace(self, **changes)
@@ -149,4 +155,5 @@ def plain_and_exact(case: Case, tensors: Tensors, upstream: Tensor) -> tuple[Ten
 @functools.lru_cache(maxsize=128)
 def expected(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensors, Tensors]:
     """`plain_and_exact` of the case's own inputs, computed once for all backends."""
-    return plain_and_exact(case, case.inputs(dtype), case.upstream(dtype))
+    with torch.device("cpu"):
+        return plain_and_exact(case, case.inputs(dtype), case.upstream(dtype))

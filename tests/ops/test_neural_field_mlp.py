@@ -269,6 +269,7 @@ def test_a_zero_column_at_the_default_eps(backend, dtype):
     ],
     ids=str,
 )
+@pytest.mark.float64
 def test_gradcheck(backend, case, threads):
     threads(1)  # hundreds of tiny calls
     tensors = case.inputs(torch.float64)

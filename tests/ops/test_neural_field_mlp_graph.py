@@ -93,11 +93,11 @@ def test_backward_takes_the_backend_of_its_forward(any_isa, core, form, elsewher
     case = CASES[0]
     leaves = leaves_of(form, case)
     y = FORMS[form](case, **leaves)
-    before = any_isa.calls["neural_field_mlp_backward"]
+    upstream, before = case.upstream(), any_isa.calls["neural_field_mlp_backward"]
 
     def backward():
         with use_backend(other(any_isa)):
-            y.backward(case.upstream())
+            y.backward(upstream)
 
     if elsewhere:
         thread = threading.Thread(target=backward)
@@ -118,7 +118,7 @@ def test_autocast(backend, form, wide):
     upstream = case.upstream(torch.bfloat16)
     half = {name: t if name == "norm_weight" else t.bfloat16() for name, t in tensors.items()}
     by_hand = results(lambda **leaves: FORMS[form](case, **leaves), half, upstream)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         out = results(lambda **leaves: FORMS[form](case, **leaves), tensors, upstream)
     assert out["y"].dtype == torch.bfloat16
     for name, tensor in out.items():
@@ -126,9 +126,10 @@ def test_autocast(backend, form, wide):
         assert torch.equal(tensor, by_hand[name].to(tensor.dtype)), name
 
 
+@pytest.mark.float64
 def test_autocast_leaves_float64_alone(any_isa):
     case = Case()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         out = results(
             lambda **leaves: fused_field(case, **leaves),
             case.inputs(torch.float64),
@@ -199,7 +200,7 @@ def test_compile_of_views_of_packed_parameters(any_isa):
 def test_compile_under_autocast(any_isa):
     case = Case(gated=True, norm="fp32")
     function = torch.compile(doubled("packed"), fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         assert_compiled_equals_eager(function, "packed", case, torch.bfloat16)
 
 

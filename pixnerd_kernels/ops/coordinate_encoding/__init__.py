@@ -96,10 +96,15 @@ def _factors(problems: Problems, scale: object, kind: str) -> tuple[float, float
 
 def _forward(height, width, max_freqs, kind, scale_x, scale_y, device, dtype, forced):  # type: ignore[no-untyped-def]
     backend: Any = reference
-    if backends.select("coordinate_encoding", device, dtype, forced) == "cpu":
+    name = backends.select("coordinate_encoding", device, dtype, forced)
+    if name == "cpu":
         from pixnerd_kernels.ops.coordinate_encoding import cpu
 
         backend = cpu
+    elif name == "triton":
+        from pixnerd_kernels.ops.coordinate_encoding import triton
+
+        backend = triton
     return backend.forward(height, width, max_freqs, kind, scale_x, scale_y, device, dtype)
 
 

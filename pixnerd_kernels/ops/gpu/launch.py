@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,15 +41,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was captured in place of being run."""
+    """One launch of a kernel."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any] = field(hash=False)
     options: Options
 
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
 
-_captured: list[Launch] | None = None
+
+_watcher: Callable[[Launch], bool] | None = None
 _pretended: Target | None = None
 
 
@@ -78,26 +82,45 @@ def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, options: Options, **arguments: Any
 ) -> None:
     """Run `kernel` on the current stream of `device`; an empty grid runs nothing."""
-    if _captured is not None:
-        _captured.append(Launch(kernel, grid, arguments, options))
-    elif 0 not in grid:
-        if device.type != "cuda":
-            kernel[grid](**arguments)
-        else:
-            with torch.cuda.device(device):
-                kernel[grid](**arguments, num_warps=options.warps, num_stages=options.stages)
+    if 0 in grid:
+        return
+    if _watcher is not None and not _watcher(Launch(kernel, grid, arguments, options)):
+        return
+    if device.type != "cuda":
+        kernel[grid](**arguments)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](**arguments, num_warps=options.warps, num_stages=options.stages)
+
+
+@contextmanager
+def watch(watcher: Callable[[Launch], bool]) -> Iterator[None]:
+    """Show every launch to `watcher`, which says whether it shall run."""
+    global _watcher
+    before = _watcher
+    _watcher = watcher
+    try:
+        yield
+    finally:
+        _watcher = before
 
 
 @contextmanager
 def capture(target: Target) -> Iterator[list[Launch]]:
     """Collect launches as they would be on `target`, without running them; meta tensors will do."""
-    global _captured, _pretended
-    before = _captured, _pretended
-    _captured, _pretended = [], target
+    global _pretended
+    before, launches = _pretended, list[Launch]()
+
+    def collect(seen: Launch) -> bool:
+        launches.append(seen)
+        return False
+
+    _pretended = target
     try:
-        yield _captured
+        with watch(collect):
+            yield launches
     finally:
-        _captured, _pretended = before
+        _pretended = before
 
 
 def precision(dtype: torch.dtype, target: Target) -> str:

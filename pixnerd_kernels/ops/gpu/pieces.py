@@ -22,7 +22,9 @@ def load_tile(pointer, rows, row_stride, columns, row_count, COLUMNS: tl.constex
 
 
 @triton.jit
-def store_tile(pointer, rows, row_stride, columns, row_count, COLUMNS: tl.constexpr, tile, EMULATE: tl.constexpr):
+def store_tile(
+    pointer, rows, row_stride, columns, row_count, COLUMNS: tl.constexpr, tile, EMULATE: tl.constexpr
+):
     """Round a tile once and store the part of it that lies inside of row_count x COLUMNS."""
     offsets = rows[:, None].to(tl.int64) * row_stride + columns[None, :]
     inside = (rows[:, None] < row_count) & (columns[None, :] < COLUMNS)
@@ -32,7 +34,7 @@ def store_tile(pointer, rows, row_stride, columns, row_count, COLUMNS: tl.conste
 @triton.jit
 def narrow(x, NARROW: tl.constexpr, EMULATE: tl.constexpr):
     """x rounded to NARROW, to the nearest even."""
-    if EMULATE and NARROW == tl.bfloat16:
+    if EMULATE and tl.bfloat16 == NARROW:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return bits.to(tl.float32, bitcast=True)

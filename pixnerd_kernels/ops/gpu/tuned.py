@@ -18,7 +18,7 @@ _override: Any = None
 
 @functools.cache
 def _entries(path: Path) -> dict[str, dict[str, dict[str, int]]]:
-    return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def entry(path: Path, gpu: str, problem: str) -> dict[str, int] | None:

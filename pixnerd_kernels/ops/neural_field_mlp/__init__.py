@@ -17,6 +17,9 @@ from pixnerd_kernels.ops.neural_field_mlp import reference
 ACTIVATIONS = ("silu", "gelu", "relu")
 WEIGHTS = ("w1", "w2", "w_gate")
 
+#: Channels that a Triton program keeps on the chip at most; beyond, CUDA tensors run on the reference.
+TRITON_CHANNELS = 256
+
 
 class FieldParams(NamedTuple):
     """Generated weights of N neural fields, as views into one packed tensor.
@@ -225,6 +228,13 @@ def _split(params: Tensor, channels: int, hidden: int, gated: bool) -> FieldPara
 def _backend(x: Tensor, forced: str) -> Any:
     """The module whose forward and backward run the op."""
     name = backends.select("neural_field_mlp", x.device, x.dtype, forced)
+    if name == "triton" and x.shape[2] > TRITON_CHANNELS:
+        if forced:
+            raise NotImplementedError(
+                "neural_field_mlp cannot run on the forced backend 'triton':\n"
+                f"  - x has {x.shape[2]} channels, the Triton kernel takes {TRITON_CHANNELS} at most"
+            )
+        return reference
     if name == "cpu":
         from pixnerd_kernels.ops.neural_field_mlp import cpu
 

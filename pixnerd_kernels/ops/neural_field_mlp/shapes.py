@@ -11,7 +11,9 @@ from torch import Tensor
 from pixnerd_kernels.checks import describe
 
 
-def check_weights(x: Tensor, w1: Tensor, w2: Tensor, w_gate: Tensor | None, norm_weight: Tensor | None) -> None:
+def check_weights(
+    x: Tensor, w1: Tensor, w2: Tensor, w_gate: Tensor | None, norm_weight: Tensor | None
+) -> None:
     """x [N, S, D1]; w1, w_gate [N, D1, D2]; w2 [N, D2, D1], of one dtype and device; norm_weight [D1]."""
     patches, _, channels = x.shape
     hidden = w1.shape[-1]

@@ -47,10 +47,15 @@ def normalize_weights(w: Tensor, dim: int = -2, eps: float = 1e-12) -> Tensor:
 
 def _backend(w: Tensor, forced: str) -> Any:
     """The module whose forward and backward run the op."""
-    if backends.select("normalize_weights", w.device, w.dtype, forced) == "cpu":
+    name = backends.select("normalize_weights", w.device, w.dtype, forced)
+    if name == "cpu":
         from pixnerd_kernels.ops.normalize_weights import cpu
 
         return cpu
+    if name == "triton":
+        from pixnerd_kernels.ops.normalize_weights import triton
+
+        return triton
     return reference
 
 

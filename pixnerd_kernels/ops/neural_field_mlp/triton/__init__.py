@@ -63,7 +63,7 @@ def forward(
         problem = Problem.of(x, w1.shape[2], w_gate is not None, training=False)
         plan = choose(problem, target)
         launch(
-            kernels.forward_kernel, (problem.patches, plan.sharing(problem, target)), x.device, plan.options,
+            kernels.neural_field_mlp_forward, (problem.patches, plan.sharing(problem, target)), x.device, plan.options,
             **_arguments(plan, x, w1, w2, w_gate, norm_weight, *options), y=y,
         )  # fmt: skip
     return y
@@ -94,14 +94,15 @@ def backward(
     plan = choose(problem, device)
     programs, chunks = plan.programs(problem, device), plan.chunks(problem)
     d1, d2, d_gate = (x if target is None else target for target in targets)
-    partial = x.new_empty((problem.patches, problem.channels), dtype=torch.float32)
     block, waiting = padded(problem.channels), programs if chunks > 1 else 0
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    partial = torch.empty(problem.patches, problem.channels, **wide)
     launch(
-        kernels.backward_kernel, (programs,), x.device, plan.options,
+        kernels.neural_field_mlp_backward, (programs,), x.device, plan.options,
         **_arguments(plan, x, w1, w2, w_gate, norm_weight, *options),
         grad=grad, dx=x if dx is None else dx, d1=d1, d2=d2, d_gate=d_gate, d_norm=partial,
-        scratch_x=x.new_empty((waiting, problem.pixels, block), dtype=torch.float32),
-        scratch_2=x.new_empty((waiting, chunks * plan.piece * plan.pieces, block), dtype=torch.float32),
+        scratch_x=torch.empty(waiting, problem.pixels, block, **wide),
+        scratch_2=torch.empty(waiting, chunks * plan.piece * plan.pieces, block, **wide),
         patches=problem.patches, grad_patch=grad.stride(0), grad_row=grad.stride(1),
         d1_patch=d1.stride(0), d1_row=d1.stride(1), d2_patch=d2.stride(0), d2_row=d2.stride(1),
         d_gate_patch=d_gate.stride(0), d_gate_row=d_gate.stride(1),

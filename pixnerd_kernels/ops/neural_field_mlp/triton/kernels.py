@@ -30,7 +30,9 @@ from pixnerd_kernels.ops.gpu.pieces import (
 
 
 @triton.jit
-def field_input(x, live, eps, NORM: tl.constexpr, SIZE: tl.constexpr, NARROW: tl.constexpr, EMULATE: tl.constexpr):
+def field_input(
+    x, live, eps, NORM: tl.constexpr, SIZE: tl.constexpr, NARROW: tl.constexpr, EMULATE: tl.constexpr
+):
     """A tile of pixels [T, C] as an operand, divided by its root mean square where NORM; and each row's divisor."""
     if NORM:
         unit, r = rms_norm(x.to(tl.float32), live, eps, SIZE)
@@ -161,7 +163,7 @@ def load_output_weight(
 
 
 @triton.jit
-def forward_kernel(
+def neural_field_mlp_forward(
     x, w1, w2, w_gate, norm_weight, y,
     pixels, x_patch, w1_patch, w2_patch, gate_patch, norm_step, norm_eps, weight_eps,
     x_row: tl.constexpr, w1_row: tl.constexpr, w2_row: tl.constexpr, gate_row: tl.constexpr,
@@ -334,6 +336,7 @@ def backward_patch(
                         d_unit += g.to(tl.float32)
                     store_tile(dx, rows, CHANNELS, channels, pixels, CHANNELS, d_unit, EMULATE)
         # Weights are read again, from the cache: kept, they would cost the registers that the sums need.
+        again2 = ()
         for p in tl.static_range(PIECES):
             hidden = first + p * PIECE + tl.arange(0, PIECE)
             if NEED_WEIGHTS or NORM:
@@ -350,6 +353,7 @@ def backward_patch(
                     )  # fmt: skip
             if NEED_WEIGHTS:
                 again = load_tile(w2, hidden, w2_row, channels, HIDDEN, CHANNELS)
+                again2 = again2 + (again,)
                 projection2 += tl.sum(again.to(tl.float32) * sum2[p], 0)
                 if CHUNKS > 1:
                     waiting = scratch_2 + hidden[:, None] * BLOCK_C + channels[None, :]
@@ -358,8 +362,7 @@ def backward_patch(
         if NEED_WEIGHTS and CHUNKS == 1:
             for p in tl.static_range(PIECES):
                 hidden = p * PIECE + tl.arange(0, PIECE)
-                again = load_tile(w2, hidden, w2_row, channels, HIDDEN, CHANNELS)
-                d_raw = unit_columns_grad(again, squares2, projection2, sum2[p], weight_eps, UNIT2)
+                d_raw = unit_columns_grad(again2[p], squares2, projection2, sum2[p], weight_eps, UNIT2)
                 store_tile(d2, hidden, d2_row, channels, HIDDEN, CHANNELS, d_raw, EMULATE)
         if CHUNKS > 1:
             # What one thread stored to scratch another may load.
@@ -379,7 +382,7 @@ def backward_patch(
 
 
 @triton.jit
-def backward_kernel(
+def neural_field_mlp_backward(
     grad, x, w1, w2, w_gate, norm_weight, dx, d1, d2, d_gate, d_norm, scratch_x, scratch_2,
     patches, pixels, grad_patch, x_patch, w1_patch, w2_patch, gate_patch, norm_step,
     d1_patch, d2_patch, d_gate_patch, norm_eps, weight_eps,
@@ -415,8 +418,7 @@ def backward_kernel(
     else:
         scratch_x += patch * pixels * BLOCK_C
         scratch_2 += patch * PADDED * BLOCK_C
-        for index in range(tl.program_id(0), patches, tl.num_programs(0)):
-            patch = index.to(tl.int64)
+        while patch < patches:
             backward_patch(
                 grad + patch * grad_patch, x + patch * x_patch, w1 + patch * w1_patch, w2 + patch * w2_patch,
                 w_gate + patch * gate_patch, dx + patch * pixels * CHANNELS,
@@ -426,3 +428,4 @@ def backward_kernel(
                 CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
                 ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, NEED_X, NEED_WEIGHTS,
             )  # fmt: skip
+            patch += tl.num_programs(0)

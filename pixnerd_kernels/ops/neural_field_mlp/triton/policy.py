@@ -2,7 +2,9 @@
 
 On sm_90 a product whose result feeds another uses wgmma only with 16 rows for each warp. The forward therefore takes 64
 pixels and 4 warps, so that several patches share a processor; the backward keeps its weight gradients in registers,
-which leaves room for 32 pixels and 8 warps. On sm_100 products accumulate in tensor memory: 64 pixels fit.
+which leaves room for 32 pixels and 8 warps. On sm_100 products accumulate in tensor memory, of which 512 columns are
+there: a plan that needs more compiles to a kernel that does nothing. benchmarks/results/static_resources.md has what
+each plan takes; none of them has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Problem:
 
     @staticmethod
     def of(x: Tensor, hidden: int, gated: bool, training: bool) -> Problem:
-        return Problem(training, gated, x.dtype, *x.shape, hidden)
+        patches, pixels, channels = x.shape
+        return Problem(training, gated, x.dtype, patches, pixels, channels, hidden)
 
     @property
     def key(self) -> str:
@@ -81,8 +84,8 @@ class Plan:
 
 def choose(problem: Problem, target: Target) -> Plan:
     """The tuned plan of this GPU and problem, or the heuristic's."""
-    if plan := tuned.overridden():
-        return plan  # type: ignore[no-any-return]
+    if isinstance(plan := tuned.overridden(), Plan):
+        return plan
     if entry := tuned.entry(TUNED, target.name, problem.key):
         return Plan(**entry)
     return _backward(problem, target) if problem.training else _forward(problem, target)
@@ -93,20 +96,36 @@ def _forward(problem: Problem, target: Target) -> Plan:
     piece = _piece(problem.hidden, 32 if wide or c > 128 else 64)
     pieces = math.ceil(problem.hidden / piece)
     weights = (3 if problem.gated else 2) * c * piece * pieces * problem.dtype.itemsize
+    tile, warps = 64 if c <= 128 and not wide else 32, 8 if wide or c > 128 else 4
     if weights > _weights_budget(target) or pieces > 8:
-        pieces = 1
-    tile = min(64 if c <= 128 and not wide else 32, padded(problem.pixels))
-    return Plan(tile, piece, pieces, warps=4)
+        # Weights are read again for every tile.
+        piece, pieces = _piece(problem.hidden, 32 if _arch(target) < 90 or c > 128 else 64), 1
+    elif _arch(target) >= 100 and problem.gated and piece * pieces > 128:
+        # The products of all pieces would not fit the 512 columns of tensor memory.
+        tile, piece, pieces, warps = 128, _piece(problem.hidden, 64), 1, 8
+    return Plan(_tile(problem, target, tile), piece, pieces, warps)
 
 
 def _backward(problem: Problem, target: Target) -> Plan:
     c, wide = padded(problem.channels), problem.dtype == torch.float32
-    room = (_SUMS // 2 if wide else _SUMS) // (4 * c * (3 if problem.gated else 2))
+    room = (_SUMS // 2 if wide or target.backend == "hip" else _SUMS) // (4 * c * (3 if problem.gated else 2))
     piece = _piece(problem.hidden, max(16, min(128, 1 << (room.bit_length() - 1))))
     pieces = min(math.ceil(problem.hidden / piece), max(1, room // piece))
-    tile = 64 if target.backend == "cuda" and int(target.arch) >= 100 and not wide else 32
-    tile = min(tile if c <= 128 else 16, padded(problem.pixels))
-    return Plan(tile, piece, pieces, warps=8 if c * piece * pieces >= 4096 else 4)
+    tile = 64 if _arch(target) >= 100 and not wide and not problem.gated else 32
+    tile = _tile(problem, target, tile if c <= 128 and target.backend != "hip" else 16)
+    return Plan(tile, piece, pieces, warps=8 if c * piece * pieces >= 2048 else 4)
+
+
+def _arch(target: Target) -> int:
+    """The compute capability of an NVIDIA GPU, 90 for 9.0; zero elsewhere."""
+    return int(target.arch) if target.backend == "cuda" else 0
+
+
+def _tile(problem: Problem, target: Target, largest: int) -> int:
+    """No larger than the patch; in the interpreter, whose cost is the number of tiles, two or three."""
+    if target.backend == "interpreter":
+        return min(4096, padded(problem.pixels // 3))
+    return min(largest, padded(problem.pixels))
 
 
 def _piece(hidden: int, largest: int) -> int:
@@ -120,4 +139,4 @@ def _weights_budget(target: Target) -> int:
     """Bytes of weights that the forward keeps in shared memory; two programs should fit a processor."""
     if target.backend == "hip":
         return 32 << 10
-    return 100 << 10 if target.backend == "cuda" and int(target.arch) in (90, 100, 103) else 64 << 10
+    return 100 << 10 if _arch(target) in (90, 100, 103) else 64 << 10

@@ -1,0 +1,114 @@
+"""The launches that are compiled ahead of time: every Triton kernel at the shapes that it is made for.
+
+An op that gains a Triton kernel adds calls of its launchers here, on meta tensors; `python -m benchmarks resources` and
+the tests compile whatever they launch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixnerd_kernels.ops.gpu.launch import Launch, Target, capture
+
+#: GPUs that the kernels are compiled for, by the name of their architecture.
+TARGETS = {
+    "sm_80": Target("cuda", 80, 108, "NVIDIA A100"),
+    "sm_90": Target("cuda", 90, 132, "NVIDIA H100"),
+    "sm_100": Target("cuda", 100, 148, "NVIDIA B200"),
+    "gfx942": Target("hip", "gfx942", 304, "AMD MI300X"),
+}
+
+
+@dataclass(frozen=True)
+class Production:
+    """A call of launchers, and the architectures that it is compiled for."""
+
+    run: Callable[[], object]
+    targets: tuple[str, ...] = tuple(TARGETS)
+    #: Whether its products have the 64 rows that the newest tensor-core instructions want.
+    tensor_cores: bool = True
+    #: Whether a kernel may keep more than fits into registers.
+    may_spill: bool = False
+
+    def launches(self, target: str) -> list[Launch]:
+        """What the call launches on this GPU, without running it."""
+        with capture(TARGETS[target]) as launches:
+            self.run()
+        return launches
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _launchers(op: str) -> Any:
+    return importlib.import_module(f"pixnerd_kernels.ops.{op}.triton")
+
+
+def _field(
+    n: int, s: int, d1: int, d2: int, dtype: torch.dtype, gated: bool = False, backward: bool = True
+) -> Callable[[], object]:
+    """Forward and backward of a block on packed weights, as PixNerd's and Radiance's generators write them."""
+
+    def run() -> None:
+        from pixnerd_kernels.ops.neural_field_mlp import split_params
+
+        triton = _launchers("neural_field_mlp")
+        x, params = _empty(n, s, d1, dtype=dtype), _empty(n, (3 if gated else 2) * d1 * d2, dtype=dtype)
+        weights = split_params(params, d1, d2, gated)
+        norm_weight = _empty(d1, dtype=torch.float32)
+        options = ((True, True, True), "silu", True, 1e-6, 1e-12)
+        triton.forward(x, *weights, norm_weight, *options)
+        if backward:
+            targets = split_params(torch.empty_like(params), d1, d2, gated)
+            triton.backward(x, x, *weights, norm_weight, True, targets, *options)
+
+    return run
+
+
+def _weights(n: int, rows: int, columns: int, dtype: torch.dtype) -> Callable[[], object]:
+    def run() -> None:
+        triton = _launchers("normalize_weights")
+        w = _empty(n, rows, columns, dtype=dtype)
+        triton.forward(w, 1, 1e-12)
+        triton.backward(w, w, 1, 1e-12)
+
+    return run
+
+
+def _encoding(height: int, width: int, count: int, kind: str) -> Callable[[], object]:
+    device = torch.device("meta")
+    return lambda: _launchers("coordinate_encoding").forward(
+        height, width, count, kind, 1.0, 1.0, device, torch.bfloat16
+    )
+
+
+_HOPPER = ("sm_90",)
+PRODUCTION: dict[str, Production] = {
+    "field 64x128 bf16": Production(_field(16384, 256, 64, 128, torch.bfloat16)),
+    "field 64x256 gated bf16": Production(_field(4096, 256, 64, 256, torch.bfloat16, gated=True)),
+    "field 64x128 fp16": Production(_field(16384, 256, 64, 128, torch.float16), _HOPPER),
+    "field 64x128 fp32": Production(
+        _field(16384, 256, 64, 128, torch.float32), ("sm_80", "sm_90"), tensor_cores=False, may_spill=True
+    ),
+    "field 12x24 of 20 pixels bf16": Production(
+        _field(65536, 20, 12, 24, torch.bfloat16), _HOPPER, tensor_cores=False
+    ),
+    "field 256x512 bf16": Production(
+        _field(4096, 256, 256, 512, torch.bfloat16), _HOPPER, tensor_cores=False, may_spill=True
+    ),
+    "weights 64x128 bf16": Production(
+        _weights(16384, 64, 128, torch.bfloat16), ("sm_90", "gfx942"), tensor_cores=False
+    ),
+    # The stack that these use belongs to the library's float64 cosine.
+    "encoding dct": Production(
+        _encoding(16, 16, 8, "dct"), ("sm_90", "gfx942"), tensor_cores=False, may_spill=True
+    ),
+    "encoding rope": Production(_encoding(16, 16, 8, "rope"), _HOPPER, tensor_cores=False, may_spill=True),
+}

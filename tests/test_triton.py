@@ -1,0 +1,75 @@
+"""Triton without a GPU: the ops' own tests in Triton's interpreter, and every kernel compiled ahead of time.
+
+Under TRITON_INTERPRET=1 kernels are NumPy functions and nothing can be compiled: the interpreter has its own process.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from processes import PACKAGE, environment
+
+from benchmarks import production, resources
+
+TESTS = Path(__file__).parent
+#: Left out: what happens around a kernel and not in it; and two kernels at once, which the interpreter cannot run.
+AROUND = [
+    "inductor",
+    "opcheck",
+    "export",
+    "twice",
+    "forward_mode",
+    "views_of_packed_parameters",
+    "threads_at_once",
+]
+
+
+def test_the_ops_in_the_interpreter():
+    """Values and gradients, strides, autocast and torch.compile, with what failed in this test's message."""
+    pytest.importorskip("triton")
+    chosen = " and ".join(["triton", *(f"not {name}" for name in AROUND)])
+    options = ["-q", "-rf", "--tb=short", "--timeout=120", "-p", "no:cacheprovider"]
+    path = os.pathsep.join([str(PACKAGE.parent), str(TESTS), str(TESTS / "ops")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "ops", "interpreter", "-k", chosen, *options],
+        env=environment(TRITON_INTERPRET="1", PYTHONPATH=path),
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+
+
+def test_every_kernel_compiles_and_fits():
+    """For every architecture, at production shapes; the committed table shows a change of any number in review."""
+    pytest.importorskip("triton")
+    rows = resources.collect()
+    assert {row.kernel for row in rows} >= {"neural_field_mlp_forward", "neural_field_mlp_backward"}
+    wrong = [problem for row in rows for problem in resources.problems(row)]
+    wrong += resources.differences(resources.TABLE.read_text(), rows)
+    assert not wrong, "\n".join(wrong) + "\nIf this is meant: python -m benchmarks resources"
+
+
+def test_a_stub_a_spill_and_missing_tensor_cores_are_told():
+    """What an invalid plan compiles to does not pass for a kernel that fits."""
+    good = resources.Row(
+        "field 64x128 bf16", "neural_field_mlp_forward", "sm_100", "", 4, 150, 0, 1 << 15, 256, 16
+    )
+    assert not resources.problems(good)
+    bad = replace(good, registers=4, spills=8, shared=1 << 20, tensor_memory=544, tensor_core_instructions=0)
+    told = "\n".join(resources.problems(bad))
+    for part in ("compiled to a stub", "spills 8", "shared memory", "544 columns", "no tcgen05.mma"):
+        assert part in told
+
+
+def test_scratch_is_read_behind_a_barrier():
+    """The backward in chunks hands sums from one thread to another through memory, which the interpreter cannot see."""
+    pytest.importorskip("triton")
+    launch = production.PRODUCTION["field 64x256 gated bf16"].launches("sm_90")[1]
+    assert launch.arguments["PIECE"] * launch.arguments["PIECES"] < launch.arguments["HIDDEN"]
+    intermediate = resources.compile_launch(launch, production.TARGETS["sm_90"]).asm["ttgir"]
+    assert re.search(r"\b(gpu|ttg)\.barrier\b", intermediate)
