@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import claims, model, ops, patch, report, resources
+from benchmarks import claims, gpu, model, ops, patch, report, resources, tune
 
 COMMANDS = {
     "ops": ops,
@@ -14,6 +14,22 @@ COMMANDS = {
     "claims": claims,
     "report": report,
     "patch": patch,
+    "gpu": gpu,
+    "tune": tune,
+    "resources": resources,
+}
+
+COMMANDS = {
+    "ops": ops,
+    "model": model,
+    "claims": claims,
+<<<<<<< HEAD
+    "report": report,
+    "patch": patch,
+=======
+    "gpu": gpu,
+    "tune": tune,
+>>>>>>> eab29b7 (Measure and tune the Triton kernels on a GPU with one command, and test both without one)
     "resources": resources,
 }
 

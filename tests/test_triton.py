@@ -23,6 +23,8 @@ AROUND = [
     "export",
     "twice",
     "forward_mode",
+    "with_aot_eager",
+    "written_in_place",  # the interpreter itself copies arguments
     "views_of_packed_parameters",
     "threads_at_once",
 ]

@@ -1,0 +1,292 @@
+"""Time, memory and share of the roofline on a GPU: eager PyTorch, torch.compile and ours, checked against float64.
+
+The roofline of a case is the larger of two times: its bytes, every input read and every output written once in each
+pass, over the memory's rate; and the FLOPs of its products, those that backward recomputes included, over the tensor
+cores' rate. Written down before any tuning, for the rates in RATES: the forward of 16384 patches of 256 pixels, D1=64,
+D2=128 in bfloat16 moves 1.61 GB and computes 137 GFLOP: 0.54 ms and 0.17 ms on an H100, bound by memory. With the
+backward it moves 4.3 GB and computes 481 GFLOP: 1.43 ms and 0.60 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import provenance
+from benchmarks.check import Truth
+from benchmarks.providers import PROVIDERS, call
+from benchmarks.registry import Case, NeuralFieldMLP, NormalizeWeights, Shape
+from pixnerd_kernels import backends
+
+#: Bytes and bfloat16 FLOPs per second that well-written kernels reach, by part of the GPU's name; other GPUs are held
+#: against a copy and a matmul that are timed in the same run.
+RATES = {"H100": (3.0e12, 800e12), "H200": (4.3e12, 800e12)}
+_HEAD = {"N": 16384, "S": 256, "D1": 64, "D2": 128}
+_GATED = {"N": 4096, "S": 256, "D1": 64, "D2": 256}
+_ODD = {"N": 65536, "S": 20, "D1": 12, "D2": 24}
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for training in (False, True):
+        end = "training" if training else "forward"
+        for name, op, shape, dtype in (
+            ("plain-bf16", NeuralFieldMLP(), _HEAD, torch.bfloat16),
+            ("packed-bf16", NeuralFieldMLP(packed=True), _HEAD, torch.bfloat16),
+            ("gated-bf16", NeuralFieldMLP(gated=True), _GATED, torch.bfloat16),
+            ("plain-fp16", NeuralFieldMLP(), _HEAD, torch.float16),
+            ("plain-fp32", NeuralFieldMLP(), {**_HEAD, "N": 4096}, torch.float32),
+            ("odd-bf16", NeuralFieldMLP(), _ODD, torch.bfloat16),
+            ("few-bf16", NeuralFieldMLP(), {**_HEAD, "N": 64}, torch.bfloat16),
+            ("weights-bf16", NormalizeWeights(), {"N": 16384, "D1": 64, "D2": 128}, torch.bfloat16),
+        ):
+            cases.append(Case(f"{name}-{end}", op, training, shape, {**shape, "N": 8}, dtype))  # type: ignore[arg-type]
+    return cases
+
+
+CASES = {case.name: case for case in _cases()}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes and bfloat16 FLOPs per second, and where they come from."""
+
+    memory: float
+    products: float
+    source: str
+
+    def roofline(self, case: Case, shape: Shape, recompute: bool) -> float:
+        """The least seconds that one call can take."""
+        products = 0.0
+        if case.op.bound == "matmul":
+            slower = 1 if case.dtype.itemsize == 2 else 16  # float32 without tensor cores
+            products = case.flops(shape, recompute) * slower / self.products
+        return max(case.bytes(shape) / self.memory, products)
+
+
+def made(case: Case, shape: Shape, device: torch.device) -> dict[str, Tensor]:
+    """`Case.make` on the device itself."""
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = case.op.inputs(shape)
+    if case.training:
+        sizes["grad"] = case.op.output(shape)
+    return {
+        name: torch.randn(size, generator=generator, device=device, dtype=case.dtype)
+        for name, size in sizes.items()
+    }
+
+
+def wrong(case: Case, provider: str, device: torch.device) -> str:
+    """What is wrong with a provider's results on eight patches of the case's shape, or an empty string."""
+    tensors = made(case, case.smoke, device)
+    function = call(case, PROVIDERS[provider].prepare(case, case.smoke), tensors)
+    errors = Truth(case, case.smoke, tensors).errors(function())
+    return "; ".join(str(error) for error in errors if not error.ok)
+
+
+def milliseconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Device time of each function in each round, with the cache overwritten before every call."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return times
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """Bytes that one call allocates beyond what was live, at its peak."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = function()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del results
+    return peak
+
+
+def measured_rates(device: torch.device) -> Rates:
+    """The GPU's own rates: a copy of 1 GiB and an 8192^3 bfloat16 matmul."""
+    source = torch.ones(1 << 29, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    times = milliseconds({"copy": lambda: target.copy_(source), "matmul": lambda: a @ a}, 15)
+    seconds = {name: float(np.median(values)) / 1e3 for name, values in times.items()}
+    return Rates(
+        2 * source.nbytes / seconds["copy"], 2 * 8192**3 / seconds["matmul"], "copy and matmul of this run"
+    )
+
+
+def rates_of(name: str, measured: Rates) -> Rates:
+    """The written-down rates of this GPU, or the measured ones."""
+    for part, (memory, products) in RATES.items():
+        if part in name:
+            return Rates(memory, products, f"written down for {part}")
+    return measured
+
+
+def gpu() -> dict[str, Any]:
+    """The GPU, its driver and clocks."""
+    fields = (
+        "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
+    )
+    told = {}
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"],
+            capture_output=True, text=True, check=True, timeout=30,
+        )  # fmt: skip
+        told = dict(zip(fields.split(","), done.stdout.strip().split(", "), strict=False))
+    except (OSError, subprocess.SubprocessError):
+        pass
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        **told,
+        "name": properties.name,
+        "memory": properties.total_memory,
+        "processors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+
+
+def measure(
+    case: Case, providers: list[str], rounds: int, rates: Rates, device: torch.device
+) -> dict[str, Any]:
+    """One case: each right provider's time, memory, rates and share of the roofline."""
+    result: dict[str, Any] = {
+        "case": case.name,
+        "shape": dict(case.shape),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "pass": "forward+backward" if case.training else "forward",
+        "backend": backends.select(case.op.name, device, case.dtype, backends.forced_backend()),
+        "bytes": case.bytes(case.shape),
+        "providers": {},
+    }
+    tensors = made(case, case.shape, device)
+    functions: dict[str, Callable[[], object]] = {}
+    for name in providers:
+        entry = result["providers"][name] = {"status": "ok"}
+        try:
+            if problem := wrong(case, name, device):
+                # torch.compile may miss the rule by a little; it is timed and marked. Ours may not.
+                entry.update(status="inexact" if name != "ours" else "wrong", reason=problem)
+                if name == "ours":
+                    continue
+            functions[name] = call(case, PROVIDERS[name].prepare(case, case.shape), tensors)
+            entry["peak_memory"] = peak_memory(functions[name])
+            entry["peak_memory"] = peak_memory(functions[name])  # the first call may compile
+        except Exception as error:
+            functions.pop(name, None)
+            entry.update(status="error", reason=f"{type(error).__name__}: {error}"[:2000])
+    for name, times in milliseconds(functions, rounds).items():
+        seconds = float(np.median(times)) / 1e3
+        recompute = PROVIDERS[name].recompute
+        flops, ours = case.flops(case.shape, recompute), rates.roofline(case, case.shape, recompute=True)
+        result["providers"][name].update(
+            median_s=seconds,
+            p20_s=float(np.quantile(times, 0.2)) / 1e3,
+            p80_s=float(np.quantile(times, 0.8)) / 1e3,
+            bytes_per_s=result["bytes"] / seconds,
+            flops_per_s=flops / seconds,
+            roofline_s=ours,
+            share_of_roofline=ours / seconds,
+        )
+    del tensors, functions
+    torch.cuda.empty_cache()
+    return result
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| case | provider | ms (p20-p80) | over ours | GB/s | TFLOP/s | of roofline | peak MB | |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for result in results:
+        ours = result["providers"].get("ours", {}).get("median_s")
+        for name, entry in result["providers"].items():
+            if "median_s" not in entry:
+                lines.append(
+                    f"| {result['case']} | {name} |||||||{entry['status']}: {entry.get('reason', '')[:200]} |"
+                )
+                continue
+            ratio = f"{entry['median_s'] / ours:.2f}x" if ours else ""
+            lines.append(
+                f"| {result['case']} | {name} "
+                f"| {entry['median_s'] * 1e3:.3f} ({entry['p20_s'] * 1e3:.3f}-{entry['p80_s'] * 1e3:.3f}) "
+                f"| {ratio} | {entry['bytes_per_s'] / 1e9:.0f} | {entry['flops_per_s'] / 1e12:.1f} "
+                f"| {100 * entry['share_of_roofline']:.0f}% | {entry['peak_memory'] / 1e6:.0f} | {entry['status']} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--case", nargs="+", default=[], metavar="NAME", help="cases; default: all")
+    add("--provider", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    add("--rounds", type=int, default=21)
+    add("--out", type=Path, metavar="DIR", help="write gpu.json and gpu.md into DIR")
+    add("--list", action="store_true", help="list the cases and stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure; 2 without a GPU, 1 where ours is wrong or fails."""
+    if arguments.list:
+        print("\n".join(CASES))
+        return 0
+    if unknown := set(arguments.case) - set(CASES):
+        print(f"error: unknown case {', '.join(sorted(unknown))}; known: {', '.join(CASES)}", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("error: no CUDA device", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    measured = measured_rates(device)
+    rates = rates_of(torch.cuda.get_device_properties(0).name, measured)
+    document: dict[str, Any] = {
+        "schema": 1,
+        "provenance": {**provenance.collect(sys.argv[1:]), "triton": _triton(), "gpu": gpu()},
+        "rates": {"used": vars(rates), "measured": vars(measured)},
+        "results": [],
+    }
+    for name in arguments.case or CASES:
+        print(f"measuring {name}", file=sys.stderr, flush=True)
+        document["results"].append(measure(CASES[name], arguments.provider, arguments.rounds, rates, device))
+        if arguments.out:  # after every case: an interruption keeps what was measured
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            (arguments.out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
+            (arguments.out / "gpu.md").write_text(table(document["results"]))
+    print(table(document["results"]))
+    entries = [r["providers"]["ours"] for r in document["results"] if "ours" in r["providers"]]
+    return int(any(entry["status"] != "ok" for entry in entries))
+
+
+def _triton() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)

@@ -1,0 +1,131 @@
+"""What only a GPU can show of the Triton kernels: streams, devices, graphs, compilation and large tensors."""
+
+import pytest
+import torch
+from tolerance import assert_within
+
+from pixnerd_kernels import neural_field_mlp_packed, use_backend
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with use_backend("triton"):
+        yield
+
+
+def inputs(patches=64, dtype=torch.bfloat16, device="cuda"):
+    draw = torch.Generator(device).manual_seed(0)
+    shapes = {"x": (patches, 256, 64), "params": (patches, 2 * 64 * 128), "norm_weight": (64,)}
+    return {
+        name: torch.randn(shape, generator=draw, device=device).to(dtype).requires_grad_()
+        for name, shape in shapes.items()
+    }
+
+
+def step(tensors):
+    """Output and gradients."""
+    y = neural_field_mlp_packed(hidden=128, **tensors)
+    return [y.detach(), *torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y))]
+
+
+def assert_equal(out, expected):
+    for a, b in zip(out, expected, strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+def test_another_stream():
+    """Inputs are written on the stream late: a kernel on another stream would read zeros."""
+    tensors = inputs()
+    expected = step(tensors)
+    late = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for name, tensor in late.items():
+            tensor.copy_(tensors[name].detach())
+        out = step({name: tensor.requires_grad_() for name, tensor in late.items()})
+    stream.synchronize()
+    assert_equal(out, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+def test_another_device():
+    expected = step(inputs())
+    moved = {name: tensor.detach().to("cuda:1").requires_grad_() for name, tensor in inputs().items()}
+    assert_equal(step(moved), expected)
+
+
+def test_cuda_graph():
+    """Captured once, replayed on new values."""
+    tensors = inputs()
+    step(tensors)
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(tensors)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        captured = step(tensors)
+    with torch.no_grad():
+        tensors["x"].mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_equal(captured, step(tensors))
+
+
+def test_inductor():
+    tensors = inputs()
+    compiled = torch.compile(lambda **t: neural_field_mlp_packed(hidden=128, **t) * 2, fullgraph=True)
+    y = compiled(**tensors)
+    eager = neural_field_mlp_packed(hidden=128, **tensors) * 2
+    assert_equal(
+        [y, *torch.autograd.grad(y.sum(), list(tensors.values()))],
+        [eager, *torch.autograd.grad(eager.sum(), list(tensors.values()))],
+    )
+
+
+def test_the_same_bits_every_time():
+    tensors = inputs(patches=2048)
+    expected = step(tensors)
+    for _ in range(3):
+        assert_equal(step(tensors), expected)
+
+
+def test_more_elements_than_32_bits_count():
+    """The last patch begins beyond 2^31 elements."""
+    patches = (1 << 31) // (256 * 64) + 64
+    needed = 3 * patches * 256 * 64 * 2
+    if torch.cuda.mem_get_info()[0] < 2 * needed:
+        pytest.skip("too little memory")
+    x = torch.zeros(patches, 256, 64, dtype=torch.bfloat16, device="cuda")
+    params = inputs(1)["params"].detach().expand(patches, -1)
+    x[-1].normal_()
+    with torch.no_grad():
+        y = neural_field_mlp_packed(x, params, hidden=128)
+        alone = neural_field_mlp_packed(x[-1:].clone(), params[-1:].clone(), hidden=128)
+    assert torch.equal(y[-1:], alone)
+    assert not y[:1].any()
+
+
+def test_tf32_only_where_it_is_allowed():
+    """At "highest" float32 keeps the rule; at "high" it is faster and less exact."""
+    tensors = inputs(8, torch.float32)
+    wide = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+    with use_backend("reference"):
+        exact = step(wide)
+        plain = step(tensors)
+    names = ["y", *tensors]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        out = step(tensors)
+        torch.set_float32_matmul_precision("high")
+        loose = step(tensors)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert_within(*(dict(zip(names, r, strict=True)) for r in (out, plain, exact)))
+    assert (loose[0] - exact[0]).norm() > 4 * (out[0] - exact[0]).norm()
