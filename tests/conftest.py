@@ -100,19 +100,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the Triton kernels do not offer: float64, where an op is not in TRITON_FLOAT64_OPS."""
-    left_out = []
+    """Leave out what Triton does not offer: ops that are in CPU_OPS alone, and float64 but for some."""
+    left_out = set()
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        values = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+        if "triton" not in [value for value in values if isinstance(value, str)]:
+            continue
         stem = item.path.stem.removeprefix("test_")
-        offered = any(stem.startswith(name) for name in backends.TRITON_FLOAT64_OPS)
+        op = max((name for name in backends.CPU_OPS if stem.startswith(name)), key=len, default="")
         wide = item.get_closest_marker("float64") or torch.float64 in [
-            value for value in parameters.values() if isinstance(value, torch.dtype)
+            value for value in values if isinstance(value, torch.dtype)
         ]
-        if "triton" in [v for v in parameters.values() if isinstance(v, str)] and wide and not offered:
-            left_out.append(item)
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+        if (op and op not in backends.TRITON_OPS) or (wide and op not in backends.TRITON_FLOAT64_OPS):
+            left_out.add(item)
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def forced(parameter: str, patch: pytest.MonkeyPatch) -> Iterator[Backend]:
