@@ -40,7 +40,7 @@ def test_golden_tables(any_isa, name, sizes, options):
     expected = load("encodings")[1][name][0]
     out = coordinate_encoding(*sizes, **options)
     assert out.shape == expected.shape
-    assert (out - expected).abs().max() <= 2e-6
+    assert (out.cpu() - expected).abs().max() <= 2e-6
 
 
 def formula(height, width, count, kind, scale=(1.0, 1.0)):
@@ -76,21 +76,21 @@ def entry(column, count, kind, pixel, u, shape, scale):
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_formulas(any_isa, kind, size, count):
     out = coordinate_encoding(*size, count, kind, dtype=torch.float64)
-    np.testing.assert_allclose(out.numpy(), formula(*size, count, kind), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(out.cpu().numpy(), formula(*size, count, kind), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["dct", "dct_integer", "dct_paper"])
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_odd_numbers_of_frequencies(any_isa, kind, count):
     out = coordinate_encoding(5, 4, count, kind, dtype=torch.float64)
-    np.testing.assert_allclose(out.numpy(), formula(5, 4, count, kind), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(out.cpu().numpy(), formula(5, 4, count, kind), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [2, 0.5, 0, (3.0, 0.25), [1, 2]], ids=str)
 def test_scale_of_rope(any_isa, scale):
     pair = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
     out = coordinate_encoding(6, 9, 4, "rope", scale=scale, dtype=torch.float64)
-    np.testing.assert_allclose(out.numpy(), formula(6, 9, 4, "rope", pair), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(out.cpu().numpy(), formula(6, 9, 4, "rope", pair), rtol=0, atol=1e-12)
 
 
 def rounded(table, dtype):
@@ -108,7 +108,7 @@ def test_entries_are_the_rounded_float64_values(any_isa, kind, dtype):
     exact = coordinate_encoding(32, 24, 8, kind, dtype=torch.float64)
     out = coordinate_encoding(32, 24, 8, kind, dtype=dtype)
     assert out.dtype == dtype
-    wrong = np.flatnonzero(out.double().numpy() != rounded(exact.numpy(), dtype))
+    wrong = np.flatnonzero(out.double().cpu().numpy() != rounded(exact.cpu().numpy(), dtype))
     assert not wrong.size, f"{wrong.size} of {out.numel()} entries are not the nearest {dtype}"
 
 

@@ -20,6 +20,7 @@ from pixnerd_kernels import (
 def recorded(name, inputs):
     """Configuration, golden tensors, parameters by name, and the differentiable inputs; both are leaves."""
     config, golden = load(name)
+    golden = {key: tensor.to(torch.get_default_device()) for key, tensor in golden.items()}
     parameters = {
         key.removeprefix("param."): tensor.clone().requires_grad_()
         for key, tensor in golden.items()
