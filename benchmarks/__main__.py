@@ -23,13 +23,18 @@ COMMANDS = {
     "ops": ops,
     "model": model,
     "claims": claims,
-<<<<<<< HEAD
+from benchmarks import claims, gpu, model, ops, patch, report, resources, tune
+
+COMMANDS = {
+    "ops": ops,
+    "model": model,
+    "claims": claims,
     "report": report,
     "patch": patch,
-=======
     "gpu": gpu,
     "tune": tune,
->>>>>>> eab29b7 (Measure and tune the Triton kernels on a GPU with one command, and test both without one)
+    "resources": resources,
+}
     "resources": resources,
 }
 
