@@ -19,25 +19,6 @@ COMMANDS = {
     "resources": resources,
 }
 
-COMMANDS = {
-    "ops": ops,
-    "model": model,
-    "claims": claims,
-from benchmarks import claims, gpu, model, ops, patch, report, resources, tune
-
-COMMANDS = {
-    "ops": ops,
-    "model": model,
-    "claims": claims,
-    "report": report,
-    "patch": patch,
-    "gpu": gpu,
-    "tune": tune,
-    "resources": resources,
-}
-    "resources": resources,
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: 0 is success, 1 a wrong or failed case, 2 a bad argument, 130 an interruption."""
