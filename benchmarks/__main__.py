@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import claims, gpu, model, ops, patch, report, resources, tune
+from benchmarks import claims, decoder, gpu, model, ops, patch, report, resources, tune
 
 COMMANDS = {
-    "ops": ops,
+    "ops": ops, "decoder": decoder,
     "model": model,
     "claims": claims,
     "report": report,

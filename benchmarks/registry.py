@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pixnerd_kernels
-from benchmarks import blocks, formulas
+from benchmarks import blocks, formulas, heads
 from benchmarks.shapes import Shape, Tensors
 
 
@@ -194,6 +194,10 @@ _TOKENS_SMOKE = {"B": 2, "L": 20, "D": 24}
 _HEADS = {"B": 1, "H": 16, "W": 16, "heads": 16, "d": 72}
 _HEADS_SMOKE = {"B": 2, "H": 3, "W": 4, "heads": 2, "d": 24}
 _ODD_SMOKE = {"N": 3, "S": 20, "D1": 12, "D2": 24}
+_XL = {"B": 1, "H": 256, "P": 16, "D": 1152, "D1": 64, "D2": 128, "K": 4}
+_L = {**_XL, "D": 1024, "K": 2}
+_RADIANCE = {**_XL, "H": 1024, "D": 3072, "D2": 256}
+_DECODER_SMOKE = {"B": 2, "H": 8, "P": 4, "D": 24, "D1": 16, "D2": 32, "K": 2}
 
 _ALL: list[Case] = [
     *_both("neural_field_mlp-plain", NeuralFieldMLP(), _HEAD, _HEAD_SMOKE, headline=True),
@@ -216,17 +220,32 @@ _ALL: list[Case] = [
         {"H": 4, "W": 5, "K": 4},
     ),
 ]
-CASES: dict[str, Case] = {case.name: case for case in _ALL}
+_DECODERS: list[Case] = [
+    *_both("pixel_decoder-xl-256", heads.PixelDecoder(), _XL, _DECODER_SMOKE),
+    Case("pixel_decoder-xl-256-saving", heads.PixelDecoder(save_weights=True), True, _XL, _DECODER_SMOKE),
+    *_both("pixel_decoder-xl-512", heads.PixelDecoder(), {**_XL, "H": 512}, _DECODER_SMOKE),
+    *_both("pixel_decoder-l-256", heads.PixelDecoder(), _L, _DECODER_SMOKE),
+    *_both("pixel_decoder-l-512", heads.PixelDecoder(), {**_L, "H": 512}, _DECODER_SMOKE),
+    Case(
+        "pixel_decoder-radiance-1024-forward",
+        heads.PixelDecoder(gated=True),
+        False,
+        _RADIANCE,
+        _DECODER_SMOKE,
+    ),
+]
+CASES: dict[str, Case] = {case.name: case for case in [*_ALL, *_DECODERS]}
 
 
 def select_cases(patterns: Sequence[str]) -> list[Case]:
-    """The cases that the patterns name: a case, an op (all its cases), or a shell pattern; empty means all.
+    """The cases that the patterns name: a case, an op (all its cases), or a shell pattern; empty means all
+    but the decoders, which have a command of their own.
 
     Raises:
         ValueError: a pattern matches nothing; the message lists the known cases.
     """
     if not patterns:
-        return list(CASES.values())
+        return list(_ALL)
     chosen: dict[str, Case] = {}
     unknown = []
     for pattern in patterns:
