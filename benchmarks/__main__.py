@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from benchmarks import claims, decoder, gpu, model, ops, patch, report, resources, tune
 
 COMMANDS = {
-    "ops": ops, "decoder": decoder,
+    "ops": ops,
+    "decoder": decoder,
     "model": model,
     "claims": claims,
     "report": report,
