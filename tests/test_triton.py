@@ -24,6 +24,9 @@ AROUND = [
     "twice",
     "forward_mode",
     "with_aot_eager",
+    "normalized_before",
+    "only_the_output_is_written",
+    "same_bits_every_time",  # the interpreter has one thread
     "written_in_place",  # the interpreter itself copies arguments
     "views_of_packed_parameters",
     "threads_at_once",
