@@ -78,7 +78,8 @@ def _flops(op: str, shapes: list[list[int]], config: PixNerdConfig, size: int, b
     if op == "pixnerd::neural_field_mlp_packed":
         return fields
     if op == "pixnerd::pixel_decoder":
-        return config.num_field_blocks * (fields + 2 * patches * config.hidden_size * generated)
+        ends = 4 * patches * config.patch_size**2 * config.in_channels * config.field_channels
+        return ends + config.num_field_blocks * (fields + 2 * patches * config.hidden_size * generated)
     return 0
 
 

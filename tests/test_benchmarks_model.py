@@ -52,7 +52,7 @@ def test_the_profile_counts_every_product():
     channels, pixels = config.field_channels, 16 * 16
     generated = 2 * channels**2 * config.field_ratio
     head = config.num_field_blocks * (tokens * size * generated + pixels * generated)
-    head += pixels * channels * 2 + 16 * channels * config.max_freqs**2
+    head += pixels * channels * 2 * config.in_channels + 16 * channels * config.max_freqs**2
     ends = tokens * size * 16 + 256 * size + size**2
     assert result["flops"] == 2 * (config.num_blocks * block + head + ends)
     assert sum(result["shares"].values()) == pytest.approx(1)
