@@ -24,20 +24,20 @@ namespace {
 
 using pixnerd::DType;
 
+const void* address(std::int64_t value) { return reinterpret_cast<const void*>(value); }
+void* mutable_address(std::int64_t value) { return reinterpret_cast<void*>(value); }
+
 // A tensor as (address, patch stride, row stride); address 0 for an absent one.
 using Strided = std::array<std::int64_t, 3>;
 
-pixnerd::Matrices input(const Strided& t) { return {reinterpret_cast<const void*>(t[0]), t[1], t[2]}; }
-pixnerd::MutableMatrices output(const Strided& t) { return {reinterpret_cast<void*>(t[0]), t[1], t[2]}; }
+pixnerd::Matrices input(const Strided& t) { return {address(t[0]), t[1], t[2]}; }
+pixnerd::MutableMatrices output(const Strided& t) { return {mutable_address(t[0]), t[1], t[2]}; }
 
 // A tensor of heads as (address, batch stride, token stride, head stride).
 using StridedHeads = std::array<std::int64_t, 4>;
 
-pixnerd::Heads input(const StridedHeads& t) { return {reinterpret_cast<const void*>(t[0]), t[1], t[2], t[3]}; }
-pixnerd::MutableHeads output(const StridedHeads& t) { return {reinterpret_cast<void*>(t[0]), t[1], t[2], t[3]}; }
-
-const void* address(std::int64_t value) { return reinterpret_cast<const void*>(value); }
-void* mutable_address(std::int64_t value) { return reinterpret_cast<void*>(value); }
+pixnerd::Heads input(const StridedHeads& t) { return {address(t[0]), t[1], t[2], t[3]}; }
+pixnerd::MutableHeads output(const StridedHeads& t) { return {mutable_address(t[0]), t[1], t[2], t[3]}; }
 
 pixnerd::NeuralField field(std::int64_t patches, std::int64_t pixels, int channels, int hidden, int dtype,
                            int activation, bool residual, std::array<bool, 3> normalize, double norm_eps,
@@ -61,20 +61,18 @@ pixnerd::NeuralField field(std::int64_t patches, std::int64_t pixels, int channe
           .w1 = input(w1),
           .w2 = input(w2),
           .w_gate = input(w_gate),
-          .norm_weight = reinterpret_cast<const void*>(norm_weight)};
+          .norm_weight = address(norm_weight)};
 }
 
 pixnerd::Operand operand(const Strided& t, int dtype) {
-  return {reinterpret_cast<const void*>(t[0]), t[1], t[2], static_cast<DType>(dtype)};
+  return {address(t[0]), t[1], t[2], static_cast<DType>(dtype)};
 }
 
 // An image as (address, image stride, channel stride, row stride, column stride).
 using Image = std::array<std::int64_t, 5>;
 
-pixnerd::Planes planes(const Image& t) { return {reinterpret_cast<const void*>(t[0]), t[1], t[2], t[3], t[4]}; }
-pixnerd::MutablePlanes mutable_planes(const Image& t) {
-  return {reinterpret_cast<void*>(t[0]), t[1], t[2], t[3], t[4]};
-}
+pixnerd::Planes planes(const Image& t) { return {address(t[0]), t[1], t[2], t[3], t[4]}; }
+pixnerd::MutablePlanes mutable_planes(const Image& t) { return {mutable_address(t[0]), t[1], t[2], t[3], t[4]}; }
 
 pixnerd::PixelDecoder decoder(std::int64_t first, std::int64_t count, std::array<std::int64_t, 2> grid,
                               std::array<int, 2> patch, std::array<int, 4> sizes, int blocks, bool gated, int dtype,
@@ -102,7 +100,7 @@ pixnerd::PixelDecoder decoder(std::int64_t first, std::int64_t count, std::array
           .weight_eps = weight_eps,
           .threads = threads,
           .image = planes(image),
-          .generated = {reinterpret_cast<const void*>(generated[0]), generated[1], generated[2]},
+          .generated = {address(generated[0]), generated[1], generated[2]},
           .pixel_weight = address(dense[0]),
           .table = address(dense[1]),
           .norm_weights = address(dense[2]),
@@ -124,8 +122,8 @@ void define_pixel_decoder(py::module_& m) {
                          .depth = depth,
                          .a = operand(a, a_dtype),
                          .b = operand(b, b_dtype),
-                         .bias = reinterpret_cast<const void*>(bias),
-                         .c = reinterpret_cast<void*>(c),
+                         .bias = address(bias),
+                         .c = mutable_address(c),
                          .row_stride = row_stride,
                          .dtype = static_cast<DType>(dtype),
                          .accumulate = accumulate,
@@ -156,7 +154,7 @@ void define_pixel_decoder(py::module_& m) {
         pixnerd::pixel_decoder_backward(
             decoder, {.out = planes(grad),
                       .image = mutable_planes(d_image),
-                      .generated = {reinterpret_cast<void*>(d_generated[0]), d_generated[1], d_generated[2]},
+                      .generated = {mutable_address(d_generated[0]), d_generated[1], d_generated[2]},
                       .sums = reinterpret_cast<double*>(sums)});
       },
       py::arg("decoder"), py::arg("grad"), py::arg("d_image"), py::arg("d_generated"), py::arg("sums"));
@@ -305,7 +303,7 @@ PYBIND11_MODULE(_native, m) {
                                                    .w1 = output(d_w1),
                                                    .w2 = output(d_w2),
                                                    .w_gate = output(d_w_gate),
-                                                   .norm_weight = reinterpret_cast<void*>(d_norm_weight)});
+                                                   .norm_weight = mutable_address(d_norm_weight)});
       },
       py::arg("field"), py::arg("grad"), py::arg("dx"), py::arg("d_w1"), py::arg("d_w2"), py::arg("d_w_gate"),
       py::arg("d_norm_weight"));
@@ -313,14 +311,12 @@ PYBIND11_MODULE(_native, m) {
       "normalize_weights",
       [](std::int64_t outer, std::int64_t rows, std::int64_t columns, int dtype, double eps, int threads,
          std::int64_t w, std::int64_t grad, std::int64_t out) {
-        const pixnerd::ColumnNorm norm{
-            outer, rows, columns, static_cast<DType>(dtype), eps, threads, reinterpret_cast<const void*>(w)};
+        const pixnerd::ColumnNorm norm{outer, rows, columns, static_cast<DType>(dtype), eps, threads, address(w)};
         py::gil_scoped_release release;
         if (grad) {
-          pixnerd::normalize_weights_backward(norm, reinterpret_cast<const void*>(grad),
-                                              reinterpret_cast<void*>(out));
+          pixnerd::normalize_weights_backward(norm, address(grad), mutable_address(out));
         } else {
-          pixnerd::normalize_weights_forward(norm, reinterpret_cast<void*>(out));
+          pixnerd::normalize_weights_forward(norm, mutable_address(out));
         }
       },
       py::arg("outer"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("eps"), py::arg("threads"),
