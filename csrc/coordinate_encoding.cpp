@@ -13,7 +13,7 @@ double sample(int i, int n, double end) { return n > 1 ? end * i / (n - 1) : 0.0
 
 // The m-th frequency of the cosine kinds.
 double frequency(Encoding kind, int m, int max_freqs) {
-  if (kind == Encoding::kDct) return sample(m, max_freqs, max_freqs);
+  if (kind == Encoding::kDct || kind == Encoding::kDctAligned) return sample(m, max_freqs, max_freqs);
   return kind == Encoding::kDctInteger ? m : m + 1;
 }
 
@@ -23,7 +23,8 @@ std::vector<double> axis_table(Encoding kind, int n, double scale, int max_freqs
   for (int m = 0; m < count; ++m) {
     const double decay = std::pow(10000.0, -static_cast<double>(m) / count);
     for (int i = 0; i < n; ++i) {
-      double angle = std::numbers::pi * sample(i, n, 1.0) * frequency(kind, m, max_freqs);
+      const double place = kind == Encoding::kDctAligned ? static_cast<double>(i) / n : sample(i, n, 1.0);
+      double angle = std::numbers::pi * place * frequency(kind, m, max_freqs);
       if (kind == Encoding::kRope) angle = sample(i, n, n * scale) * decay;
       if (kind == Encoding::kSinCos) angle = i * decay;
       table[static_cast<std::size_t>(i) * count + m] = trig(angle);

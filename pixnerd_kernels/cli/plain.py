@@ -78,8 +78,10 @@ def coordinate_encoding(
         u, v = x / max(width - 1, 1), y / max(height - 1, 1)
     m = torch.arange(K * K).double()
     a, b = m.div(K, rounding_mode="floor"), m % K
-    if kind in ("dct", "dct_integer"):
-        step = K / max(K - 1, 1) if kind == "dct" else 1.0
+    if kind == "dct_aligned":
+        u, v = x / width, y / height
+    if kind in ("dct", "dct_integer", "dct_aligned"):
+        step = 1.0 if kind == "dct_integer" else K / max(K - 1, 1)
         a, b = a * step, b * step
         return torch.cos(math.pi * u * a) * torch.cos(math.pi * v * b) / (1 + a * b)
     if kind == "dct_paper":

@@ -26,7 +26,7 @@ OPTIONS: tuple[Mapping[str, Any], ...] = (
 )
 #: Rows, columns, K, scale ("rope" only).
 GRIDS = ((1, 1, 2, (1.0, 1.0)), (4, 5, 4, (0.5, 1.0)), (14, 14, 8, (1.0, 1.0)), (16, 16, 8, (1.0, 1.0)))
-KINDS = ("dct", "dct_integer", "dct_paper", "rope", "sincos")
+KINDS = ("dct", "dct_integer", "dct_paper", "dct_aligned", "rope", "sincos")
 
 
 @dataclass(frozen=True)

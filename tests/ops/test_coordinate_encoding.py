@@ -9,7 +9,7 @@ from golden import load
 
 from pixnerd_kernels import coordinate_encoding, use_backend
 
-KINDS = ("dct", "dct_integer", "dct_paper", "rope", "sincos")
+KINDS = ("dct", "dct_integer", "dct_paper", "dct_aligned", "rope", "sincos")
 SIZES = [(1, 1), (1, 5), (4, 4), (7, 3), (16, 16), (20, 14)]
 kinds = pytest.mark.parametrize("kind", KINDS)
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -59,7 +59,9 @@ def entry(column, count, kind, pixel, u, shape, scale):
     a, b = divmod(column, count)
     if kind == "dct_paper":
         return math.cos(math.pi * (a + 1) * u[0]) * math.cos(math.pi * (b + 1) * u[1])
-    if kind in ("dct", "dct_integer"):
+    if kind == "dct_aligned":
+        u = (pixel[0] / shape[0], pixel[1] / shape[1])
+    if kind in ("dct", "dct_integer", "dct_aligned"):
         step = 1.0 if kind == "dct_integer" else (count / (count - 1) if count > 1 else 0.0)
         f_x, f_y = a * step, b * step
         return math.cos(math.pi * u[0] * f_x) * math.cos(math.pi * u[1] * f_y) / (1 + f_x * f_y)
@@ -79,7 +81,7 @@ def test_formulas(any_isa, kind, size, count):
     np.testing.assert_allclose(out.cpu().numpy(), formula(*size, count, kind), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["dct", "dct_integer", "dct_paper"])
+@pytest.mark.parametrize("kind", ["dct", "dct_integer", "dct_paper", "dct_aligned"])
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_odd_numbers_of_frequencies(any_isa, kind, count):
     out = coordinate_encoding(5, 4, count, kind, dtype=torch.float64)
@@ -171,7 +173,7 @@ WRONG = [
     ({"max_freqs": -1}, ValueError, "max_freqs: expected an integer of at least 1, got -1 (int)"),
     ({"max_freqs": 3, "kind": "rope"}, ValueError, "max_freqs: expected an even number for kind 'rope', got 3"),
     ({"max_freqs": 5, "kind": "sincos"}, ValueError, "max_freqs: expected an even number for kind 'sincos'"),
-    ({"kind": "fourier"}, ValueError, "kind: expected one of 'dct', 'dct_integer', 'dct_paper', 'rope', 'sincos'"),
+    ({"kind": "fourier"}, ValueError, "kind: expected one of 'dct', 'dct_integer', 'dct_paper', 'dct_aligned', 'rope', 'sincos'"),
     ({"scale": 2.0}, ValueError, "scale: expected None for kind 'dct' (only 'rope' takes one), got 2.0"),
     ({"scale": (1, 2, 3), "kind": "rope"}, ValueError, "scale: expected one number or a pair (x, y), got (1, 2, 3)"),
     ({"scale": -1, "kind": "rope"}, ValueError, "scale: expected a finite number of at least 0, got -1"),

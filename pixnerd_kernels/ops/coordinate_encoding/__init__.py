@@ -13,7 +13,7 @@ from pixnerd_kernels.checks import FLOATS, Problems
 from pixnerd_kernels.ops.coordinate_encoding import reference
 from pixnerd_kernels.ops.library import register
 
-KINDS = ("dct", "dct_integer", "dct_paper", "rope", "sincos")
+KINDS = ("dct", "dct_integer", "dct_paper", "dct_aligned", "rope", "sincos")
 
 
 def coordinate_encoding(
@@ -37,6 +37,8 @@ def coordinate_encoding(
               f = linspace(0, K, K), column a * K + b;
             - "dct_integer" (Chroma1-Radiance): the same with f = 0 ... K-1;
             - "dct_paper" (arXiv 2507.23268): cos(pi a u_x) cos(pi b u_y), a, b = 1 ... K, unweighted;
+            - "dct_aligned": as "dct" with u = i / n, so that pixel i of n lies where it does at every n; for models
+              that are decoded at several resolutions (the ends of linspace move with n);
             - "rope" (official text-to-image): the cosines of the 2-D rotary table of 2 K^2 dimensions, x and y
               interleaved, theta 10000, positions linspace(0, n * scale, n);
             - "sincos": sin and cos of x and of y in pixels at K^2/4 frequencies each, theta 10000.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pixnerd_kernels.backends import native
 
-_KINDS = {"dct": 0, "dct_integer": 1, "dct_paper": 2, "rope": 3, "sincos": 4}
+_KINDS = {"dct": 0, "dct_integer": 1, "dct_paper": 2, "rope": 3, "sincos": 4, "dct_aligned": 5}
 
 
 def forward(

@@ -6,6 +6,7 @@ With K = max_freqs and coordinates u in linspace(0, 1, n):
     dct          cos(pi u_x f_a) cos(pi u_y f_b) / (1 + f_a f_b),  f = linspace(0, K, K),   column a * K + b
     dct_integer  the same with f = 0, 1, ..., K - 1
     dct_paper    cos(pi u_x a) cos(pi u_y b),  a, b = 1 ... K
+    dct_aligned  as dct, with u = 0, 1/n, ..., (n - 1)/n
     rope         cos(p_x w_m), cos(p_y w_m) interleaved,  w_m = 10000^(-2 m / K^2), m < K^2 / 2,
                  p_x in linspace(0, width * scale_x, width),  p_y in linspace(0, height * scale_y, height)
     sincos       sin(x w_m), cos(x w_m), sin(y w_m), cos(y w_m) one block after the other,
@@ -32,9 +33,12 @@ def _grid(table_x: Tensor, table_y: Tensor) -> tuple[Tensor, Tensor]:
     return table_x[None].expand(height, width, -1), table_y[:, None].expand(height, width, -1)
 
 
-def _dct(height: int, width: int, frequencies: Tensor, weights: Tensor) -> Tensor:
+def _dct(height: int, width: int, frequencies: Tensor, weights: Tensor, aligned: bool = False) -> Tensor:
     like: dict[str, Any] = {"dtype": torch.float64, "device": frequencies.device}
-    u_x, u_y = torch.linspace(0, 1, width, **like), torch.linspace(0, 1, height, **like)
+    if aligned:
+        u_x, u_y = torch.arange(width, **like) / width, torch.arange(height, **like) / height
+    else:
+        u_x, u_y = torch.linspace(0, 1, width, **like), torch.linspace(0, 1, height, **like)
     x = torch.cos(math.pi * torch.outer(u_x, frequencies))
     y = torch.cos(math.pi * torch.outer(u_y, frequencies))
     return x[None, :, :, None] * y[:, None, None, :] * weights
@@ -53,9 +57,9 @@ def forward(
     """The table [height * width, max_freqs^2], contiguous."""
     count = max_freqs
     like: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    if kind in ("dct", "dct_integer"):
-        f = torch.linspace(0, count if kind == "dct" else count - 1, count, **like)
-        table = _dct(height, width, f, 1 / (1 + torch.outer(f, f)))
+    if kind in ("dct", "dct_integer", "dct_aligned"):
+        f = torch.linspace(0, count - 1 if kind == "dct_integer" else count, count, **like)
+        table = _dct(height, width, f, 1 / (1 + torch.outer(f, f)), kind == "dct_aligned")
     elif kind == "dct_paper":
         f = torch.arange(1, count + 1, **like)
         table = _dct(height, width, f, torch.ones(count, count, **like))

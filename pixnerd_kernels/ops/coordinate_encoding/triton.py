@@ -50,12 +50,15 @@ def coordinate_encoding_table(
     else:
         one = tl.full([], 1.0, tl.float64)
         a, b = (entry // COUNT).to(tl.float64), (entry % COUNT).to(tl.float64)
-        if KIND == "dct":
+        if KIND == "dct" or KIND == "dct_aligned":
             count = tl.full([], COUNT, tl.int32)
             a, b = linspace(a, count, one * COUNT), linspace(b, count, one * COUNT)
         elif KIND == "dct_paper":
             a, b = a + 1.0, b + 1.0
-        u, v = linspace(x, width, one), linspace(y, height, one)
+        if KIND == "dct_aligned":
+            u, v = x / tl.maximum(width, 1).to(tl.float64), y / tl.maximum(height, 1).to(tl.float64)
+        else:
+            u, v = linspace(x, width, one), linspace(y, height, one)
         value = tl.cos(u * a * 3.141592653589793) * tl.cos(v * b * 3.141592653589793)
         if KIND != "dct_paper":
             value = value / (1.0 + a * b)
