@@ -173,7 +173,7 @@ WRONG = [
     ({"max_freqs": -1}, ValueError, "max_freqs: expected an integer of at least 1, got -1 (int)"),
     ({"max_freqs": 3, "kind": "rope"}, ValueError, "max_freqs: expected an even number for kind 'rope', got 3"),
     ({"max_freqs": 5, "kind": "sincos"}, ValueError, "max_freqs: expected an even number for kind 'sincos'"),
-    ({"kind": "fourier"}, ValueError, "kind: expected one of 'dct', 'dct_integer', 'dct_paper', 'dct_aligned', 'rope', 'sincos'"),
+    ({"kind": "fourier"}, ValueError, f"kind: expected one of {', '.join(map(repr, KINDS))}"),
     ({"scale": 2.0}, ValueError, "scale: expected None for kind 'dct' (only 'rope' takes one), got 2.0"),
     ({"scale": (1, 2, 3), "kind": "rope"}, ValueError, "scale: expected one number or a pair (x, y), got (1, 2, 3)"),
     ({"scale": -1, "kind": "rope"}, ValueError, "scale: expected a finite number of at least 0, got -1"),
