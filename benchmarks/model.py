@@ -111,7 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    config = CONFIGS[arguments.config]
+    # Both are the official model, whatever coordinates the configuration is trained with.
+    config = replace(CONFIGS[arguments.config], encoding="dct")
     if arguments.blocks:
         config = replace(config, num_blocks=arguments.blocks)
     origin = provenance.collect(sys.argv[1:])
@@ -157,7 +158,7 @@ def _run(arguments: argparse.Namespace) -> int:
         document["profile"] = profile(setting.ours, config, arguments.size, arguments.batch)
         print(profile_table(document["profile"]))
         document["launches"] = launches(
-            lambda blocks: Setting(replace(CONFIGS["tiny/4"], num_blocks=blocks), 16, 1)
+            lambda blocks: Setting(replace(CONFIGS["tiny/4"], num_blocks=blocks, encoding="dct"), 16, 1)
         )
         print(_launches(document["launches"]))
     if arguments.json:

@@ -45,8 +45,8 @@ class PixNerdBase(nn.Module):
             decoder_scale: (sh, sw). Each patch decodes int(P * sh) x int(P * sw) pixels, which H and W must
                 be multiples of; the transformer sees a nearest-resized copy at P pixels a patch, the
                 resolution of training. Decoding finer than trained needs a coordinate encoding without
-                frequencies that alias (see the configurations' max_freqs and extent), and is best when training
-                drew random scales too.
+                frequencies that alias (see the configurations' max_freqs, extent and encoding), and training
+                that drew random scales too: the fields are asked for places between their pixels.
 
         Returns:
             [B, C, H, W] in the model's dtype (autocast's under autocast).

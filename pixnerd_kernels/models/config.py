@@ -23,9 +23,9 @@ class PixNerdConfig:
         in_channels: C of the image.
         num_classes: classes without "no class", which is class number num_classes.
         max_freqs: frequencies per axis of the coordinate encoding. Those above P - 1 lie over the patch's
-            Nyquist limit and alias when decoded finer: keep max_freqs below P for models meant to be
-                upscaled.
-        encoding: `coordinate_encoding`'s kind.
+            Nyquist limit and alias when decoded finer: keep max_freqs below P for models meant to be upscaled.
+        encoding: `coordinate_encoding`'s kind; "dct" is the official model's, "dct_aligned" keeps a pixel's place at
+            every decoder scale, which decoding finer without seams between the patches wants.
 
     Raises:
         TypeError, ValueError: every problem at once.
@@ -112,14 +112,18 @@ def _check_heads(problems: Problems, hidden_size: int, num_heads: int) -> None:
 CONFIGS = {
     "XL/16": PixNerdConfig(1152, 16, 26, 4),
     "L/16": PixNerdConfig(1024, 16, 22, 2),
-    "small/8": PixNerdConfig(256, 8, 8, 2, field_channels=32, patch_size=8, max_freqs=6),
+    "small/8": PixNerdConfig(
+        256, 8, 8, 2, field_channels=32, patch_size=8, max_freqs=6, encoding="dct_aligned"
+    ),
     "small/7": PixNerdConfig(
-        128, 4, 4, 2, field_channels=32, patch_size=7, in_channels=1, num_classes=10, max_freqs=6
+        128, 4, 4, 2, field_channels=32, patch_size=7, in_channels=1, num_classes=10, max_freqs=6,
+        encoding="dct_aligned",
     ),
     "tiny/4": PixNerdConfig(
-        96, 3, 4, 2, field_channels=16, patch_size=4, in_channels=1, num_classes=10, max_freqs=3
+        96, 3, 4, 2, field_channels=16, patch_size=4, in_channels=1, num_classes=10, max_freqs=3,
+        encoding="dct_aligned",
     ),
-}
+}  # fmt: skip
 
 #: XXL/16 is the official model; the others are small enough to train on a CPU.
 T2I_CONFIGS = {

@@ -56,7 +56,13 @@ def to_official(model: PixNerdBase) -> dict[str, Tensor]:
     """The model's weights under the official names: the tensors that `load_official` took, bit for bit.
 
     They share the model's memory; clone before changing either.
+
+    Raises:
+        ValueError: the model encodes coordinates otherwise than the official one, which no tensor says.
     """
+    encoding = getattr(model.config, "encoding", "dct")
+    if encoding != "dct":
+        raise ValueError(f"to_official: expected the encoding 'dct', the official model's, got {encoding!r}")
     return {official_name(name, model.config): tensor for name, tensor in model.state_dict().items()}
 
 

@@ -85,6 +85,14 @@ def test_full_sizes_come_from_their_shapes(name):
     assert models.load_official(model.to_official()).config == config
 
 
+def test_a_model_with_other_coordinates_is_not_passed_off_as_official():
+    model = models.PixNerd(models.CONFIGS["tiny/4"])
+    with pytest.raises(
+        ValueError, match="expected the encoding 'dct', the official model's, got 'dct_aligned'"
+    ):
+        model.to_official()
+
+
 def test_configuration_is_checked_where_given(state):
     official = load("c2i_tiny")[0]
     models.load_official(state, {**official, "learn_sigma": True, "weight_path": None})
