@@ -47,6 +47,10 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--n", type=integer(1), help="images (16; one for each text)")
     parser.add_argument("--size", type=integer(1), help="pixels of an edge (as trained)")
     parser.add_argument("--trained-size", type=integer(1), help="of an official checkpoint (256; text 512)")
+    parser.add_argument(
+        "--fine-from", type=float, metavar="TIME",
+        help="above the trained size, the time from which images have --size; 0 is all the way (0.8; official 0)",
+    )  # fmt: skip
     parser.add_argument("--solver", choices=("euler", "heun", "adams"), default="adams", help="(adams)")
     parser.add_argument("--steps", type=integer(1), default=25, help="solver steps (25)")
     parser.add_argument("--order", type=integer(1), default=2, help="of adams, 1 to 4 (2)")
@@ -150,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
         by_class = isinstance(model, PixNerd)
         options: dict[str, Any] = {
             "trained_size": trained_size,
+            "fine_from": args.fine_from,
             "seed": args.seed,
             "on_step": _recorder(frames) if args.gif else None,
             "solver": args.solver,

@@ -58,6 +58,20 @@ def scale_noise(noise: Tensor, size: int) -> Tensor:
     return weights @ noise @ weights.T
 
 
+def scale_data(data: Tensor, size: int) -> Tensor:
+    """Square images [B, C, n, n] at another resolution, [B, C, size, size]; bicubic, and not clipped.
+
+    Pixel j lies at j n / size, as in `scale_noise`.
+    """
+    n = data.shape[-1]
+    if n == size:
+        return data
+    position = torch.arange(size, device=data.device, dtype=data.dtype) * (2 * n / size / (n - 1)) - 1
+    places = torch.stack(torch.meshgrid(position, position, indexing="xy"), dim=-1)
+    places = places.expand(len(data), -1, -1, -1)
+    return torch.nn.functional.grid_sample(data, places, "bicubic", "border", align_corners=True)
+
+
 def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
     """The path's velocity, the same at every t."""
     return data - noise

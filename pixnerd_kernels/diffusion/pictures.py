@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pixnerd_kernels.checks import Problems
-from pixnerd_kernels.diffusion.flow import scale_noise
-from pixnerd_kernels.diffusion.solvers import sample
+from pixnerd_kernels.diffusion.flow import scale_data, scale_noise
+from pixnerd_kernels.diffusion.solvers import sample, time_steps
 from pixnerd_kernels.models import PixNerd, PixNerdT2I
 from pixnerd_kernels.nn import scaled_patch
 
 #: Images that go through the model at once; part of what makes a drawing reproducible to the bit.
 BATCH = 64
+
+#: When drawing finer than trained goes over to the fine resolution, by default: late enough that the patches have
+#: settled what they show together, early enough that the edges are drawn by the fields.
+FINE_FROM = 0.8
 
 
 def decoder_scale(model: PixNerd | PixNerdT2I, size: int, trained_size: int) -> tuple[float, float]:
@@ -45,6 +51,7 @@ def draw(
     size: int,
     *,
     trained_size: int,
+    fine_from: float | None = None,
     seed: int = 0,
     on_step: Callable[[int, Tensor], None] | None = None,
     **solver: object,
@@ -58,7 +65,12 @@ def draw(
     Args:
         classes: class ids.
         size, trained_size: pixels of an edge, to draw and as trained.
-        on_step: called with the number of solver steps done and the images of one batch of at most `BATCH`.
+        fine_from: where size is above trained_size, the time from which x is of that size; before, it has the trained
+            one. Every pixel between two trained ones follows a path of its own, and pixels on two sides of a patch's
+            edge may part early; late, both start from what the trained ones have agreed on. 0 is all the way;
+            None is 0.8, or 0 for a model whose coordinates move with the resolution (an official one).
+        on_step: called with the number of solver steps done and the images of one batch of at most `BATCH`, [b, C,
+            size, size].
         solver: arguments of `sample`: solver, num_steps, order, guidance ...
 
     Raises:
@@ -72,7 +84,9 @@ def draw(
     device = next(model.parameters()).device
     conditions = torch.tensor(classes, dtype=torch.long, device=device)
     null = torch.tensor(model.null_class, device=device)
-    return _draw(model, conditions, null, size, trained_size, seed, on_step, solver)
+    if fine_from is None:
+        fine_from = FINE_FROM if model.config.encoding == "dct_aligned" else 0.0
+    return _draw(model, conditions, null, size, trained_size, fine_from, seed, on_step, solver)
 
 
 def draw_texts(
@@ -82,6 +96,7 @@ def draw_texts(
     size: int,
     *,
     trained_size: int,
+    fine_from: float | None = None,
     seed: int = 0,
     on_step: Callable[[int, Tensor], None] | None = None,
     **solver: object,
@@ -91,7 +106,8 @@ def draw_texts(
     Args:
         features: [n, text_tokens, text_width], of a text encoder.
         null_features: [text_tokens, text_width], of an empty text; None only at guidance 1.
-        size, trained_size, seed, on_step, solver: as in `draw`.
+        size, trained_size, fine_from, seed, on_step, solver: as in `draw`, but that None is 0: text-to-image
+            models encode by "rope".
 
     Raises:
         TypeError, ValueError: features of another shape, or a size that the patches do not tile.
@@ -113,7 +129,7 @@ def draw_texts(
     problems.raise_if_any()
     like = next(model.parameters())
     null = None if null_features is None else null_features.to(like)
-    return _draw(model, features.to(like), null, size, trained_size, seed, on_step, solver)
+    return _draw(model, features.to(like), null, size, trained_size, fine_from or 0.0, seed, on_step, solver)
 
 
 def _draw(
@@ -122,31 +138,62 @@ def _draw(
     null: Tensor | None,
     size: int,
     trained_size: int,
+    fine_from: float,
     seed: int,
     on_step: Callable[[int, Tensor], None] | None,
-    solver: Mapping[str, object],
+    solver: Mapping[str, Any],
 ) -> Tensor:
+    problems = Problems("draw")
+    problems.number("fine_from", fine_from)
+    if not problems.lines and fine_from >= 1:
+        problems.add("fine_from", "a time from 0 to below 1", fine_from)
+    problems.raise_if_any()
     scale = decoder_scale(model, size, trained_size)
+    times = time_steps(
+        solver["num_steps"], timeshift=solver.get("timeshift", 1.0), last_step=solver.get("last_step")
+    )
+    coarse_steps = min(int((times < fine_from - 1e-6).sum()), len(times) - 2) if size > trained_size else 0
     like = next(model.parameters())
     channels = model.config.in_channels
     generator = torch.Generator().manual_seed(seed)
     white = (torch.randn(channels, trained_size, trained_size, generator=generator) for _ in conditions)
-    noise = [scale_noise(image, size) for image in white]
+    noise = [image if coarse_steps else scale_noise(image, size) for image in white]
     drawn = [torch.empty(0, channels, size, size)]
     for start in range(0, len(conditions), BATCH):
-        part = torch.stack(noise[start : start + BATCH]).to(like)
+        x = torch.stack(noise[start : start + BATCH]).to(like)
         condition = conditions[start : start + BATCH]
-        drawn.append(
-            sample(
-                lambda x, t, y: model(x, t, y, decoder_scale=scale).to(x.dtype),
-                part,
-                condition,
-                None if null is None else null.expand_as(condition),
-                on_step=on_step,
-                **solver,  # type: ignore[arg-type]
-            ).float().cpu()
-        )  # fmt: skip
+        uncondition = None if null is None else null.expand_as(condition)
+
+        def run(x: Tensor, span: tuple[int, int], **options: Any) -> Tensor:
+            at = scale if x.shape[-1] == size else (1.0, 1.0)
+            return sample(
+                lambda x, t, y: model(x, t, y, decoder_scale=at).to(x.dtype),
+                x, condition, uncondition, span=span, **{**solver, **options},  # noqa: B023
+            )  # fmt: skip
+
+        if coarse_steps:
+            x = run(x, (0, coarse_steps), on_step=_enlarging(on_step, size))
+            ahead = run(x, (coarse_steps, coarse_steps + 1), solver="euler")
+            now, then = times[coarse_steps : coarse_steps + 2].tolist()
+            x = _finer(x, (ahead - x) / (then - now), now, size)
+        drawn.append(run(x, (coarse_steps, solver["num_steps"]), on_step=on_step).float().cpu())
     return torch.cat(drawn)
+
+
+def _finer(x: Tensor, velocity: Tensor, t: float, size: int) -> Tensor:
+    """x [B, C, n, n] at time t as the point of the path at [B, C, size, size]: the data and the noise that the velocity
+    tells apart, each enlarged as in training."""
+    data, noise = x + (1 - t) * velocity, x - t * velocity
+    return t * scale_data(data, size) + (1 - t) * scale_noise(noise, size)
+
+
+def _enlarging(
+    on_step: Callable[[int, Tensor], None] | None, size: int
+) -> Callable[[int, Tensor], None] | None:
+    """on_step for coarse images."""
+    if on_step is None:
+        return None
+    return lambda done, x: on_step(done, F.interpolate(x, (size, size)))
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ def sample(
     timeshift: float = 1.0,
     last_step: float | None = None,
     exact_heun: bool = False,
+    span: tuple[int, int] | None = None,
     cuda_graph: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -54,22 +55,35 @@ def sample(
         timeshift: above 1 spends more steps near the noise, see `flow.shift_time`.
         last_step: length of the last step before the shift; None is 1 / num_steps.
         exact_heun: evaluate the predictor's velocity anew in every step.
+        span: (first, last) makes the steps first to last - 1 of the num_steps alone, from noise, which is then x at
+            the first one's time, to the result, x at the last one's end; Adams and Heun start anew. None is all.
         cuda_graph: capture one evaluation as a CUDA graph (two where only some steps are guided), and replay it in
             every step; noise must be on a CUDA device. Not run on a GPU in this project yet.
-        on_step: called with the number of steps done (from 1) and x.
+        on_step: called with the number of steps done (from 1; the steps before the span count) and x.
 
     Returns:
-        x at t = 1, in noise's shape and dtype. No gradients are recorded.
+        x at t = 1 (the span's end), in noise's shape and dtype. No gradients are recorded.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
     """
     _check(
-        noise, condition, uncondition, solver, num_steps, order, guidance, timeshift, last_step, cuda_graph
+        noise,
+        condition,
+        uncondition,
+        solver,
+        num_steps,
+        order,
+        guidance,
+        timeshift,
+        last_step,
+        span,
+        cuda_graph,
     )
     if cuda_graph:
         velocity = GraphedVelocity(velocity)
-    times = time_steps(num_steps, timeshift=timeshift, last_step=last_step)
+    first, last = (0, num_steps) if span is None else span
+    times = time_steps(num_steps, timeshift=timeshift, last_step=last_step)[first : last + 1]
     low, high = guidance_interval
     inside = ((times > low) & (times < high)).tolist()
     always = solver == "heun"
@@ -89,7 +103,7 @@ def sample(
     else:
         steps = _heun(field, noise, times, exact_heun)
     x = noise
-    for done, x in enumerate(steps, start=1):
+    for done, x in enumerate(steps, start=first + 1):
         if on_step is not None:
             on_step(done, x)
     return x
@@ -150,11 +164,18 @@ def _check(
     guidance: float,
     timeshift: float,
     last_step: float | None,
+    span: tuple[int, int] | None,
     cuda_graph: bool,
 ) -> None:
     problems = Problems("sample")
     problems.choice("solver", solver, SOLVERS)
-    problems.count("num_steps", num_steps)
+    counted = problems.count("num_steps", num_steps)
+    if span is not None:
+        whole = isinstance(span, tuple) and len(span) == 2 and all(isinstance(step, int) for step in span)
+        if not whole:
+            problems.add_type("span", "a pair of integers (first, last)", span)
+        elif counted and not 0 <= span[0] <= span[1] <= num_steps:
+            problems.add("span", f"0 <= first <= last <= num_steps = {num_steps}", span)
     if problems.count("order", order) and order > 4:
         problems.add("order", "at most 4", order)
     problems.number("guidance", guidance, minimum=-float("inf"))

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pixnerd_kernels.diffusion import flow
@@ -124,16 +123,8 @@ class Trainer:
         return self.settings.size // patch * scaled_patch(patch, (scale, scale))[0]
 
     def _resized(self, images: Tensor, size: int) -> Tensor:
-        if size == self.settings.size:
-            return images
-        # Pixel j of the finer image lies at j / scale, so that the transformer's nearest copy of it is the image
-        # itself.
-        edge = self.settings.size
-        position = torch.arange(size, device=self.device) * (2 * edge / size / (edge - 1)) - 1
-        places = torch.stack(torch.meshgrid(position, position, indexing="xy"), dim=-1)
-        places = places.expand(len(images), -1, -1, -1)
-        resized = F.grid_sample(images, places, "bicubic", "border", align_corners=True)
-        return resized.clamp(-1, 1)
+        """Targets; the transformer's nearest copy of them is the images themselves."""
+        return images if size == self.settings.size else flow.scale_data(images, size).clamp(-1, 1)
 
     def save(self, path: str | Path) -> None:
         """Write everything that `load` needs; see `checkpoint.save`."""

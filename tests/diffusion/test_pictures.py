@@ -1,5 +1,7 @@
 """Drawing and files: reproducible images, exact grids, readable animations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,48 @@ def test_texts_are_drawn_like_classes(monkeypatch):
         ValueError, match=r"features: expected the shape \[n, 5, 12\].*; null_features: expected the"
     ):
         drawn(texts[:, :4], empty[:4])
+
+
+def test_a_finer_image_takes_its_trained_pixels_along(monkeypatch):
+    """On a path that goes straight to one value the switch changes nothing but how many pixels there are."""
+    aligned = replace(CONFIG, encoding="dct_aligned")
+    model = models.PixNerd(aligned).requires_grad_(False)
+    sizes = []
+
+    def forward(x, t, y, decoder_scale):
+        sizes.append(x.shape[-1])
+        assert decoder_scale == (x.shape[-1] / 8,) * 2
+        return (0.5 - x) / (1 - t).view(-1, 1, 1, 1)  # every pixel goes straight to 0.5
+
+    monkeypatch.setattr(model, "forward", forward)
+    options = {"solver": "adams", "num_steps": 10, "guidance": 1.0}
+    frames = []
+    images = draw(model, [0, 1], 24, on_step=lambda step, x: frames.append((step, x.shape[-1])), **options)
+    assert sizes == [8] * 9 + [24] * 2  # one evaluation more, at the switch
+    assert frames == [(step, 24) for step in range(1, 11)]
+    torch.testing.assert_close(images, torch.full_like(images, 0.5))
+    for fine_from, expected in ((0.0, [24] * 10), (0.35, [8] * 5 + [24] * 6), (0.99, [8] * 10 + [24])):
+        sizes.clear()
+        draw(model, [0], 24, fine_from=fine_from, **options)
+        assert sizes == expected
+    for coarser in (8, 4):
+        sizes.clear()
+        draw(model, [0], coarser, **options)
+        assert sizes == [coarser] * 10
+
+
+def test_an_official_model_is_decoded_finely_all_the_way(model):
+    torch.testing.assert_close(draw(model, [0], 16), draw(model, [0], 16, fine_from=0.0))
+    assert not torch.allclose(draw(model, [0], 16), draw(model, [0], 16, fine_from=0.5))
+    for wrong in (1.0, -0.1):
+        with pytest.raises(ValueError, match="fine_from: expected"):
+            draw(model, [0], 16, fine_from=wrong)
+
+
+def test_the_switch_keeps_the_trained_pixels():
+    x, velocity = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    finer = pictures._finer(x, velocity, 0.7, 32)
+    torch.testing.assert_close(finer[..., ::4, ::4], x, rtol=1e-4, atol=1e-4)
 
 
 def test_batches_are_joined(model, monkeypatch):

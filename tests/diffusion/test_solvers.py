@@ -125,6 +125,26 @@ def test_steps_are_reported_and_noise_is_left_alone():
     assert not sample(lambda x, t, c: x * parameter, noise, TENSORS["cond"], num_steps=1).requires_grad
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun", "adams"])
+def test_spans_make_the_whole_way(solver):
+    """Euler in two parts is Euler; the others start anew and still converge to the same place."""
+    noise, condition, n = TENSORS["noise"].double(), TENSORS["cond"].double(), 200
+    whole = sample(velocity, noise, condition, solver=solver, num_steps=n, timeshift=2.0)
+    seen = []
+    options = {
+        "solver": solver,
+        "num_steps": n,
+        "timeshift": 2.0,
+        "on_step": lambda step, _: seen.append(step),
+    }
+    middle = sample(velocity, noise, condition, span=(0, 70), **options)
+    end = sample(velocity, middle, condition, span=(70, n), **options)
+    assert seen == list(range(1, n + 1))
+    torch.testing.assert_close(end, whole, rtol=0, atol=1e-12 if solver == "euler" else 1e-3)
+    assert not torch.allclose(middle, whole, atol=1e-2)
+    assert torch.equal(sample(velocity, noise, condition, span=(3, 3), **options), noise)
+
+
 def test_bad_arguments_are_named_together():
     noise, condition = TENSORS["noise"], TENSORS["cond"]
     with pytest.raises(ValueError, match=r"solver: .*num_steps: .*order: .*timeshift: .*last_step: "):
@@ -133,3 +153,7 @@ def test_bad_arguments_are_named_together():
         sample(velocity, noise, condition, num_steps=2, guidance=2.0)
     with pytest.raises(ValueError, match="condition: expected a tensor with batch 2"):
         sample(velocity, noise, condition[:1], num_steps=2)
+    with pytest.raises(ValueError, match=r"span: expected 0 <= first <= last <= num_steps = 2, got \(1, 3\)"):
+        sample(velocity, noise, condition, num_steps=2, span=(1, 3))
+    with pytest.raises(TypeError, match=r"span: expected a pair of integers"):
+        sample(velocity, noise, condition, num_steps=2, span=(0, 1.5))
