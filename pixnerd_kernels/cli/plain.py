@@ -79,9 +79,16 @@ def coordinate_encoding(
     m = torch.arange(K * K).double()
     a, b = m.div(K, rounding_mode="floor"), m % K
     if kind == "dct_aligned":
-        u, v = x / width, y / height
-    if kind in ("dct", "dct_integer", "dct_aligned"):
-        step = 1.0 if kind == "dct_integer" else K / max(K - 1, 1)
+        step = K / max(K - 1, 1)
+        if linspace:
+            a, b = a * step, b * step
+            angles = math.pi * (x / width) * a, math.pi * (y / height) * b
+        else:  # there is no linspace to round otherwise: multiply first, divide last
+            angles = a * x * (math.pi * step) / width, b * y * (math.pi * step) / height
+            a, b = a * step, b * step
+        return torch.cos(angles[0]) * torch.cos(angles[1]) / (1 + a * b)
+    if kind in ("dct", "dct_integer"):
+        step = K / max(K - 1, 1) if kind == "dct" else 1.0
         a, b = a * step, b * step
         return torch.cos(math.pi * u * a) * torch.cos(math.pi * v * b) / (1 + a * b)
     if kind == "dct_paper":
