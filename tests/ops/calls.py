@@ -132,6 +132,7 @@ class Matrix:
         upstream = {name: layout(tensor) for name, tensor in call.upstream().items()}
         assert_within(call.results(call.op, tensors, upstream), *expected(call, torch.float32))
 
+    @pytest.mark.float64
     def test_gradcheck(self, any_isa, call, threads):
         threads(1)  # hundreds of tiny calls
         leaves = {name: tensor.requires_grad_() for name, tensor in call.inputs(torch.float64).items()}

@@ -92,10 +92,15 @@ def _check_residual(problems: Problems, x: object, y: object, gate: object, chec
 
 def _backend(x: Tensor, forced: str) -> Any:
     """The module that runs both ops, forward and backward."""
-    if backends.select("gated_residual", x.device, x.dtype, forced) == "cpu":
+    name = backends.select("gated_residual", x.device, x.dtype, forced)
+    if name == "cpu":
         from pixnerd_kernels.ops.gated_residual import cpu
 
         return cpu
+    if name == "triton":
+        from pixnerd_kernels.ops.gated_residual import triton
+
+        return triton
     return reference
 
 

@@ -98,10 +98,15 @@ def check_batch_rows(problems: Problems, x: object, rows: list[tuple[str, Any]])
 
 def _backend(x: Tensor, forced: str) -> Any:
     """The module whose forward and backward run the op."""
-    if backends.select("modulated_rms_norm", x.device, x.dtype, forced) == "cpu":
+    name = backends.select("modulated_rms_norm", x.device, x.dtype, forced)
+    if name == "cpu":
         from pixnerd_kernels.ops.modulated_rms_norm import cpu
 
         return cpu
+    if name == "triton":
+        from pixnerd_kernels.ops.modulated_rms_norm import triton
+
+        return triton
     return reference
 
 

@@ -91,10 +91,15 @@ def _check_rope(problems: Problems, rope: Tensor, qkv: Tensor | None) -> None:
 
 def _backend(qkv: Tensor, forced: str) -> Any:
     """The module whose forward and backward run the op."""
-    if backends.select("qk_norm_rope", qkv.device, qkv.dtype, forced) == "cpu":
+    name = backends.select("qk_norm_rope", qkv.device, qkv.dtype, forced)
+    if name == "cpu":
         from pixnerd_kernels.ops.qk_norm_rope import cpu
 
         return cpu
+    if name == "triton":
+        from pixnerd_kernels.ops.qk_norm_rope import triton
+
+        return triton
     return reference
 
 

@@ -65,10 +65,15 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _backend(gate: Tensor, forced: str) -> Any:
     """The module whose forward and backward run the op."""
-    if backends.select("swiglu", gate.device, gate.dtype, forced) == "cpu":
+    name = backends.select("swiglu", gate.device, gate.dtype, forced)
+    if name == "cpu":
         from pixnerd_kernels.ops.swiglu import cpu
 
         return cpu
+    if name == "triton":
+        from pixnerd_kernels.ops.swiglu import triton
+
+        return triton
     return reference
 
 
