@@ -15,7 +15,7 @@ SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test lint build format clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/pixnerd info
 	$(BIN)/pixnerd verify
 	$(BIN)/pixnerd fit china --out $(OUT)
@@ -56,6 +56,11 @@ $(VENV)/.tools: $(VENV)/.torch pyproject.toml
 # The core is compiled in build/, which survives: a second build compiles only what changed.
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e ".[dev]"
+	touch $@
+
+# The demo needs no compiler tools, linters or foreign models beside it.
+$(VENV)/.demo: $(VENV)/.tools $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e ".[cli,bench]"
 	touch $@
 
 clean:

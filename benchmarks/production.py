@@ -89,6 +89,72 @@ def _encoding(height: int, width: int, count: int, kind: str) -> Callable[[], ob
     )
 
 
+def _decoder(
+    patches: int, size: int, blocks: int, d1: int, d2: int, dtype: torch.dtype, gated: bool = False
+) -> Callable[[], object]:
+    """The decoder's own kernel, on a chunk of patches of one image; its backward launches the field's."""
+
+    def run() -> None:
+        from pixnerd_kernels.ops.pixel_decoder.chunks import AUTO, Call
+
+        triton = _launchers("pixel_decoder")
+        rows = (3 if gated else 2) * d1 * d2
+        image = _empty(1, 3, patches * size, size, dtype=dtype)
+        wide = {"dtype": torch.float32}
+        call = Call(
+            image, _empty(1, patches, 8, dtype=dtype), _empty(d1, 3 + 64, **wide), _empty(d1, **wide),
+            [_empty(rows, 8, dtype=dtype)] * blocks, [], [_empty(d1, **wide)] * blocks, _empty(d1, **wide),
+            None if gated else _empty(3, d1, **wide), None if gated else _empty(3, **wide),
+            (size, size), "dct", 8, (1.0, 1.0), gated, (True, True, True), "silu", 1e-6, 1e-12, AUTO,
+        )  # fmt: skip
+        generated = _empty(blocks, patches, rows, dtype=dtype)
+        triton.forward(call, generated, 0, _empty(1, call.out_channels, patches * size, size, dtype=dtype))
+
+    return run
+
+
+def _modulated_norm(batch: int, tokens: int, size: int, dtype: torch.dtype) -> Callable[[], object]:
+    """The norms and residuals of a DiT block, alone and joined, forward and backward."""
+
+    def run() -> None:
+        norm, residual = _launchers("modulated_rms_norm"), _launchers("gated_residual")
+        x, row = _empty(batch, tokens, size, dtype=dtype), _empty(batch, 1, size, dtype=dtype)
+        weight = _empty(size, dtype=torch.float32)
+        norm.forward(x, weight, row, row, 1e-6)
+        norm.backward(x, x, weight, True, row, 1e-6)
+        residual.forward(x, x, row)
+        residual.backward(x, x, row)
+        residual.norm_forward(x, x, row, weight, row, row, 1e-6)
+        residual.norm_backward(x, x, x, x, row, weight, True, row, 1e-6)
+
+    return run
+
+
+def _swiglu(rows: int, columns: int, dtype: torch.dtype) -> Callable[[], object]:
+    def run() -> None:
+        triton = _launchers("swiglu")
+        gate, up = _empty(rows, 2 * columns, dtype=dtype).chunk(2, dim=1)
+        triton.forward(gate, up)
+        triton.backward(torch.empty_like(gate), gate, up, torch.empty_like(gate), torch.empty_like(up))
+
+    return run
+
+
+def _qk(
+    batch: int, tokens: int, heads: int, channels: int, text: int, dtype: torch.dtype
+) -> Callable[[], object]:
+    def run() -> None:
+        triton = _launchers("qk_norm_rope")
+        qkv = _empty(batch, tokens, 3, heads, channels, dtype=dtype)
+        text_kv = _empty(batch, text, 2, heads, channels, dtype=dtype) if text else None
+        weight = _empty(channels, dtype=torch.float32)
+        rope = _empty(tokens, channels // 2, 2, dtype=torch.float32)
+        q, k, v = triton.forward(qkv, weight, weight, rope, text_kv, 1e-6)
+        triton.backward(q, k, v, qkv, weight, weight, rope, text_kv, 1e-6)
+
+    return run
+
+
 _HOPPER = ("sm_90",)
 PRODUCTION: dict[str, Production] = {
     "field 64x128 bf16": Production(_field(16384, 256, 64, 128, torch.bfloat16)),
@@ -103,8 +169,22 @@ PRODUCTION: dict[str, Production] = {
     "field 256x512 bf16": Production(
         _field(4096, 256, 256, 512, torch.bfloat16), _HOPPER, tensor_cores=False, may_spill=True
     ),
+    "decoder of 4 blocks 64x128 bf16": Production(_decoder(512, 16, 4, 64, 128, torch.bfloat16)),
+    "decoder of 4 blocks 64x128 fp32": Production(
+        _decoder(512, 16, 4, 64, 128, torch.float32), _HOPPER, tensor_cores=False, may_spill=True
+    ),
+    "decoder of 4 gated blocks 64x256 bf16": Production(
+        _decoder(512, 16, 4, 64, 256, torch.bfloat16, gated=True), ("sm_90", "sm_100")
+    ),
     "weights 64x128 bf16": Production(
         _weights(16384, 64, 128, torch.bfloat16), ("sm_90", "gfx942"), tensor_cores=False
+    ),
+    "norm 1152 bf16": Production(_modulated_norm(64, 256, 1152, torch.bfloat16), tensor_cores=False),
+    "norm 1152 fp32": Production(_modulated_norm(64, 256, 1152, torch.float32), _HOPPER, tensor_cores=False),
+    "swiglu 3072 bf16": Production(_swiglu(16384, 3072, torch.bfloat16), tensor_cores=False),
+    "heads 16x72 bf16": Production(_qk(64, 256, 16, 72, 0, torch.bfloat16), tensor_cores=False),
+    "heads 24x64 with text bf16": Production(
+        _qk(16, 1024, 24, 64, 128, torch.bfloat16), _HOPPER, tensor_cores=False
     ),
     # The stack that these use belongs to the library's float64 cosine.
     "encoding dct": Production(

@@ -40,7 +40,7 @@ CPU_OPS = frozenset(
     }
 )
 #: Ops with a Triton kernel.
-TRITON_OPS = frozenset({"neural_field_mlp", "coordinate_encoding", "normalize_weights"})
+TRITON_OPS = CPU_OPS
 #: Those whose Triton kernel computes in float64 too.
 TRITON_FLOAT64_OPS = frozenset({"coordinate_encoding"})
 #: The oldest Triton that the kernels are compiled with in tests.

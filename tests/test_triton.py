@@ -26,27 +26,46 @@ AROUND = [
     "with_aot_eager",
     "normalized_before",
     "only_the_output_is_written",
+    "only_the_results_are_written",
     "same_bits_every_time",  # the interpreter has one thread
     "written_in_place",  # the interpreter itself copies arguments
     "views_of_packed_parameters",
     "threads_at_once",
+    # Seconds each, and like others that stay.
+    "(every_chunking and not radiance-3-recompute)",
+    "(every_gradient and batch and float16)",
+    "(gradient_alone and save)",
+    "(pixel_decoder_memory and radiance)",
+    "(pixel_decoder_golden and (three or all))",
 ]
 
 
 def test_the_ops_in_the_interpreter():
-    """Values and gradients, strides, autocast and torch.compile, with what failed in this test's message."""
+    """Values and gradients, strides, autocast and torch.compile, with what failed in this test's message.
+
+    Two processes share the tests: the interpreter has one thread.
+    """
     pytest.importorskip("triton")
     chosen = " and ".join(["triton", *(f"not {name}" for name in AROUND)])
     options = ["-q", "-rf", "--tb=short", "--timeout=120", "-p", "no:cacheprovider"]
     path = os.pathsep.join([str(PACKAGE.parent), str(TESTS), str(TESTS / "ops")])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "ops", "interpreter", "-k", chosen, *options],
-        env=environment(TRITON_INTERPRET="1", PYTHONPATH=path),
-        cwd=TESTS,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+    halves = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-k", f"{chosen} and {half}", *folders, *options],
+            env=environment(TRITON_INTERPRET="1", PYTHONPATH=path, OMP_NUM_THREADS="1"),
+            cwd=TESTS,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for half, folders in (("pixel_decoder", ["ops"]), ("not pixel_decoder", ["ops", "interpreter"]))
+    ]
+    try:
+        told = [half.communicate()[0] for half in halves]
+    finally:
+        for half in halves:
+            half.kill()
+    assert [half.returncode for half in halves] == [0, 0], "\n".join(out[-8000:] for out in told)
 
 
 def test_every_kernel_compiles_and_fits():

@@ -42,10 +42,14 @@ def test_every_chunking(any_isa, case, patches, save_weights, dtype):
     assert_within(out, *expected(case, dtype))
     if any_isa.compiled:
         runs = {1: 6, 3: 2, 4: 2, None: 1}[patches]
-        assert any_isa.calls["pixel_decoder_forward"] == any_isa.calls["pixel_decoder_backward"] == runs
-        whole = results(functools.partial(decode, case, workspace=None), tensors, upstream)
-        for name in ("y", "image", "hidden"):
-            assert torch.equal(out[name], whole[name]), name
+        assert any_isa.calls["pixel_decoder_forward"] == runs
+        if any_isa.name == "triton":  # which goes back block by block
+            assert any_isa.calls["neural_field_mlp_backward"] == runs * case.blocks
+        else:
+            assert any_isa.calls["pixel_decoder_backward"] == runs
+            whole = results(functools.partial(decode, case, workspace=None), tensors, upstream)
+            for name in ("y", "image", "hidden"):
+                assert torch.equal(out[name], whole[name]), name
 
 
 @families
@@ -118,7 +122,7 @@ def test_a_gradient_alone_is_the_same(any_isa, name, save_weights):
     y = decode(case, tensors, workspace=case.workspace(3), save_weights=save_weights)
     (gradient,) = torch.autograd.grad(y, leaf, upstream)
     assert torch.equal(gradient, every[name])
-    if any_isa.compiled:
+    if any_isa.compiled and any_isa.name != "triton":
         # Two chunks of two blocks each: generated once or twice, then the products of this gradient.
         products = {"hidden": 4, "generator.1": 2}.get(name, 0)
         assert any_isa.calls["matmul"] == (4 if save_weights else 8) + products

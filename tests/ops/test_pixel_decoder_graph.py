@@ -75,7 +75,8 @@ def test_backward_takes_the_backend_of_its_forward(any_isa):
     with use_backend("cpu" if any_isa.name == "reference" else "reference"):
         y.backward(case.upstream())
     assert tensors["hidden"].grad is not None
-    assert any_isa.calls["pixel_decoder_backward"] == any_isa.compiled
+    kernel = "neural_field_mlp_backward" if any_isa.name == "triton" else "pixel_decoder_backward"
+    assert bool(any_isa.calls[kernel]) == any_isa.compiled
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float16], ids=["float32", "float16"])
@@ -95,6 +96,7 @@ def test_autocast(any_isa, wide):
         assert torch.equal(tensor, by_hand[name].to(tensor.dtype)), name
 
 
+@pytest.mark.float64
 def test_autocast_leaves_float64_alone(any_isa):
     case, dtype = Case(), torch.float64
     with torch.autocast("cpu", dtype=torch.bfloat16):

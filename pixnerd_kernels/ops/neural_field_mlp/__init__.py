@@ -225,16 +225,22 @@ def _split(params: Tensor, channels: int, hidden: int, gated: bool) -> FieldPara
     return FieldParams(w1, params[:, size : 2 * size].view(patches, hidden, channels), w_gate)
 
 
-def _backend(x: Tensor, forced: str) -> Any:
-    """The module whose forward and backward run the op."""
-    name = backends.select("neural_field_mlp", x.device, x.dtype, forced)
-    if name == "triton" and x.shape[2] > TRITON_CHANNELS:
+def select_backend(op: str, x: Tensor, channels: int, forced: str) -> str:
+    """`backends.select` for an op that runs fields of so many channels on x's device and in its dtype."""
+    name = backends.select(op, x.device, x.dtype, forced)
+    if name == "triton" and channels > TRITON_CHANNELS:
         if forced:
             raise NotImplementedError(
-                "neural_field_mlp cannot run on the forced backend 'triton':\n"
-                f"  - x has {x.shape[2]} channels, the Triton kernel takes {TRITON_CHANNELS} at most"
+                f"{op} cannot run on the forced backend 'triton':\n"
+                f"  - x has {channels} channels, the Triton kernel takes {TRITON_CHANNELS} at most"
             )
-        return reference
+        return "reference"
+    return name
+
+
+def _backend(x: Tensor, forced: str) -> Any:
+    """The module whose forward and backward run the op."""
+    name = select_backend("neural_field_mlp", x, x.shape[2], forced)
     if name == "cpu":
         from pixnerd_kernels.ops.neural_field_mlp import cpu
 

@@ -13,7 +13,7 @@ from pixnerd_kernels.checks import Problems, describe
 from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
 from pixnerd_kernels.ops.native import dense_rows
-from pixnerd_kernels.ops.neural_field_mlp import WEIGHTS
+from pixnerd_kernels.ops.neural_field_mlp import WEIGHTS, select_backend
 from pixnerd_kernels.ops.pixel_decoder import chunks, reference
 from pixnerd_kernels.ops.pixel_decoder.params import (
     DecoderBlockParams,
@@ -161,12 +161,17 @@ def _check_tokens(problems: Problems, image: Tensor, hidden: Tensor, patch: tupl
         problems.add("hidden", f"[{expected[0]}, {expected[1]}, D], a row for every patch", hidden)
 
 
-def _backend(image: Tensor, forced: str) -> Any:
+def _backend(call: chunks.Call, forced: str) -> Any:
     """The module that runs the op's chunks."""
-    if backends.select("pixel_decoder", image.device, image.dtype, forced) == "cpu":
+    name = select_backend("pixel_decoder", call.image, call.channels, forced)
+    if name == "cpu":
         from pixnerd_kernels.ops.pixel_decoder import cpu
 
         return cpu
+    if name == "triton":
+        from pixnerd_kernels.ops.pixel_decoder import triton
+
+        return triton
     return reference
 
 
@@ -210,7 +215,7 @@ def _forward(*arguments):  # type: ignore[no-untyped-def]
     call = _call(*arguments)
     # Autocast has cast the inputs already; inside the op it would round intermediates.
     with torch._C._DisableAutocast():
-        return chunks.forward(_backend(call.image, forced), call, save_weights)
+        return chunks.forward(_backend(call, forced), call, save_weights)
 
 
 def _backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
@@ -226,7 +231,7 @@ def _backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
     shared = any((embed_weight, embed_bias, *rest[count + biases :]))
     wanted = chunks.Needs(image, hidden, rest[:count], rest[count : count + biases], shared)
     with torch._C._DisableAutocast():
-        found = chunks.backward(_backend(call.image, forced), call, grad, saved, wanted)
+        found = chunks.backward(_backend(call, forced), call, grad, saved, wanted)
         first, last = found.shared(call)
     own = [found.image, found.hidden, *first, *found.generators, *found.biases, *last]
     flat = _flatten(arguments[:_TENSORS])

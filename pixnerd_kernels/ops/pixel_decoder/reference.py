@@ -92,10 +92,15 @@ def _fields(call: Call, generated: Tensor) -> list[tuple[Any, ...]]:
     ]
 
 
+def embed(call: Call, first: int, count: int) -> Tensor:
+    """x [n, S, D1] before the first block, in the computed dtype."""
+    pixels = _read(call, call.image, first, count)
+    return F.linear(pixels, call.pixel_weight.to(pixels.dtype)) + call.table.to(pixels.dtype)
+
+
 def _run(call: Call, generated: Tensor, first: int) -> list[Tensor]:
     """x [n, S, D1] before each block, and after the last."""
-    pixels = _read(call, call.image, first, generated.shape[1])
-    x = [F.linear(pixels, call.pixel_weight.to(pixels.dtype)) + call.table.to(pixels.dtype)]
+    x = [embed(call, first, generated.shape[1])]
     for arguments in _fields(call, generated):
         x.append(field.forward(x[-1], *arguments))
     return x
@@ -123,11 +128,28 @@ def backward(
 ) -> None:
     """Gradients in closed form. d_generated may be `generated` itself."""
     x = _run(call, generated, first)
-    last = x.pop()
+    dx, shared = output_gradient(call, x.pop(), grad, first)
+    norms: list[Any] = []
+    for block, arguments in reversed(list(enumerate(_fields(call, generated)))):
+        dx, d1, d2, d_gate, d_norm = field.backward(dx, x[block], *arguments)
+        norms.append(d_norm)
+        if d_generated is not None:
+            targets = split_params(d_generated[block], call.channels, call.field_hidden, call.gated)
+            for target, gradient in zip(targets, (d1, d2, d_gate), strict=True):
+                if target is not None and gradient is not None:
+                    target.copy_(gradient)
+    input_gradient(call, first, dx, {**shared, "norms": torch.stack(norms[::-1])}, d_image, sums)
+
+
+def output_gradient(call: Call, last: Tensor, grad: Tensor, first: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradient of x behind the last block, [n, S, D1] in its dtype, and those of the output layer by name.
+
+    last: that x, in the computed dtype. grad: the result's gradient, [B, C_out, H, W].
+    """
     compute = last.dtype
     norm = None if call.final_norm is None else call.final_norm.to(compute)
     n, r = field.rms_norm(last, norm, call.norm_eps)
-    dx = _read(call, grad, first, generated.shape[1])
+    dx = _read(call, grad, first, len(last))
     shared: dict[str, Tensor] = {}
     if call.linear_weight is not None:
         shared["linear_weight"] = torch.einsum("nso,nsd->od", dx, n)
@@ -139,20 +161,24 @@ def backward(
         shared["final_norm"] = (dx * unit).sum((0, 1))
         dx = dx * norm
         dx = r * (dx - unit * (dx * unit).mean(-1, keepdim=True))
-    norms: list[Any] = []
-    for block, arguments in reversed(list(enumerate(_fields(call, generated)))):
-        dx, d1, d2, d_gate, d_norm = field.backward(dx, x[block], *arguments)
-        norms.append(d_norm)
-        if d_generated is not None:
-            targets = split_params(d_generated[block], call.channels, call.field_hidden, call.gated)
-            for target, gradient in zip(targets, (d1, d2, d_gate), strict=True):
-                if target is not None and gradient is not None:
-                    target.copy_(gradient)
-    shared["norms"] = torch.stack(norms[::-1])
-    shared["table"] = dx.sum(0)
-    pixels = _read(call, call.image, first, generated.shape[1])
-    shared["pixel_weight"] = torch.einsum("nsc,nsd->cd", pixels, dx)
+    return dx, shared
+
+
+def input_gradient(
+    call: Call,
+    first: int,
+    dx: Tensor,
+    shared: dict[str, Tensor],
+    d_image: Tensor | None,
+    sums: Tensor | None,
+) -> None:
+    """Write the image's gradient, and add those of what all patches share to `sums`.
+
+    dx: gradient of x before the first block, [n, S, D1]. shared: the gradients of the norms and the output layer.
+    """
     if sums is not None:
-        sums += torch.cat([shared[name].flatten() for name, _ in call.sums()])
+        pixels = _read(call, call.image, first, len(dx))
+        own = {"table": dx.sum(0), "pixel_weight": torch.einsum("nsc,nsd->cd", pixels, dx)}
+        sums += torch.cat([(shared | own)[name].flatten() for name, _ in call.sums()])
     if d_image is not None:
-        _write(call, d_image, first, dx @ call.pixel_weight.to(compute))
+        _write(call, d_image, first, dx @ call.pixel_weight.to(dx.dtype))
