@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.production import PRODUCTION, TARGETS
-from pixnerd_kernels.ops.gpu.launch import Launch, Target
+# `benchmarks.production` needs Triton, which the other commands do without.
+if TYPE_CHECKING:
+    from pixnerd_kernels.ops.gpu.launch import Launch, Target
 
 TABLE = Path(__file__).parent / "results" / "static_resources.md"
 #: Bytes of shared memory that one program may take.
@@ -49,6 +50,8 @@ class Row:
 
 def jobs() -> list[Job]:
     """(case, architecture, index of the launch) of everything to compile."""
+    from benchmarks.production import PRODUCTION
+
     return [
         (name, target, index)
         for name, production in PRODUCTION.items()
@@ -88,6 +91,8 @@ def compile_launch(launch: Launch, target: Target) -> Any:
 
 def measure(job: Job) -> Row:
     """Compile one job and read what it takes from the binary."""
+    from benchmarks.production import PRODUCTION, TARGETS
+
     case, name, index = job
     target = TARGETS[name]
     launch = PRODUCTION[case].launches(name)[index]
@@ -141,6 +146,8 @@ def collect(wanted: Sequence[Job] | None = None, processes: int = 2) -> list[Row
 
 def problems(row: Row) -> list[str]:
     """What must hold of every row, whatever Triton's version."""
+    from benchmarks.production import PRODUCTION
+
     name = f"{row.case}, {row.kernel} on {row.target}"
     found = []
     if row.registers < 16:

@@ -17,11 +17,11 @@ from benchmarks.gpu import CASES, made, milliseconds
 from benchmarks.providers import PROVIDERS, call
 from benchmarks.registry import Case, NeuralFieldMLP, Shape
 from pixnerd_kernels.ops.gpu import tuned
-from pixnerd_kernels.ops.gpu.launch import padded, target_of
 
 
 def plans(case: Case, shape: Shape) -> Iterator[Any]:
     """Every plan worth trying: whole hidden dimensions in pieces, and single pieces at a time."""
+    from pixnerd_kernels.ops.gpu.launch import padded
     from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan
 
     whole = padded(shape["D2"])
@@ -62,6 +62,7 @@ def is_right(case: Case, plan: Any, device: torch.device) -> bool:
 
 def tune(case: Case, rounds: int, device: torch.device) -> dict[str, Any]:
     """Measure every plan of a case that compiles and is right; the fastest is written down."""
+    from pixnerd_kernels.ops.gpu.launch import target_of
     from pixnerd_kernels.ops.neural_field_mlp.triton import policy
 
     target = target_of(device)

@@ -286,3 +286,11 @@ def test_the_command_in_processes_of_its_own(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"ops.json", "ops.md", "ops.png"}
     assert "coordinate_encoding-forward" in done.stdout
     assert json.loads((tmp_path / "ops.json").read_text())["results"][0]["status"] == "ok"
+
+
+def test_the_commands_need_no_triton():
+    """Where it is not installed, as on a Mac, everything but the GPU commands still runs."""
+    program = "import sys; sys.modules['triton'] = None; from benchmarks.__main__ import main; main(['ops', '--list'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert FORWARD in done.stdout
