@@ -54,10 +54,13 @@ def embed_pixels(
     """
     inside = (rows[:, None] < pixels) & (channels[None, :] < CHANNELS)
     x = tl.load(table + rows[:, None] * CHANNELS + channels[None, :], mask=inside, other=0.0)
-    for c in range(INPUTS):
-        pixel = tl.load(image + c * plane + places, mask=rows < pixels, other=0.0).to(tl.float32)
-        row = tl.load(pixel_weight + c * CHANNELS + channels, mask=channels < CHANNELS, other=0.0)
+    # Pointers move on: a product of 32-bit numbers would overflow in a large image.
+    for _ in range(INPUTS):
+        pixel = tl.load(image + places, mask=rows < pixels, other=0.0).to(tl.float32)
+        row = tl.load(pixel_weight + channels, mask=channels < CHANNELS, other=0.0)
         x += pixel[:, None] * row[None, :]
+        image += plane
+        pixel_weight += CHANNELS
     return x
 
 
@@ -139,12 +142,14 @@ def pixel_decoder_forward(
         rows, pixels, channels, pixel_weight, table, INPUTS, CHANNELS,
     )  # fmt: skip
     generated += tl.program_id(0).to(tl.int64) * generated_patch
-    for block in range(BLOCKS):
+    for _ in range(BLOCKS):
         x = add_block(
-            x, live, generated + block * generated_block, norms + block * CHANNELS, 1, norm_eps, weight_eps, channels,
+            x, live, generated, norms, 1, norm_eps, weight_eps, channels,
             CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, GATED, UNIT1, UNIT2, UNIT_GATE,
             ACTIVATION, FAST, PRECISION, EMULATE,
         )  # fmt: skip
+        generated += generated_block
+        norms += CHANNELS
     if FINAL_NORM:
         x, _ = rms_norm(x, live, norm_eps, CHANNELS)
         x *= load_norm(final_norm, 1, channels, True, CHANNELS)[None, :]
@@ -156,11 +161,12 @@ def pixel_decoder_forward(
             value = tl.sum(x * row[None, :], 1)
             if BIAS:
                 value += tl.load(linear_bias + c)
-            tl.store(out + c * out_plane + places, narrow(value, out.dtype.element_ty, EMULATE), mask=live)
+            tl.store(out + places, narrow(value, out.dtype.element_ty, EMULATE), mask=live)
+            out += out_plane
     else:
         out += batch * CHANNELS * out_plane
         inside = live[:, None] & (channels[None, :] < CHANNELS)
-        at = out + channels[None, :] * out_plane + places[:, None]
+        at = out + channels[None, :].to(tl.int64) * out_plane + places[:, None]
         tl.store(at, narrow(x, out.dtype.element_ty, EMULATE), mask=inside)
 
 
