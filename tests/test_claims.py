@@ -71,10 +71,24 @@ def test_pixelflow_steps_are_the_mean_of_its_stages() -> None:
 
 def test_the_paper_s_ratios() -> None:
     """8.3x an image, 8.0x a step against ADM-G; 6.5x and 15.5x for XL against ADM-G and PixelFlow."""
-    text = tables.ratios({})
-    assert "| PixNerd-L/16, eager: ADM-G 256, eager | **8.0x** | **8.3x (the paper's 8x)** |" in text
-    assert "| PixNerd-XL/16, eager: ADM-G 256, eager | 6.7x | 6.5x |" in text
-    assert "| PixNerd-XL/16, eager: PixelFlow-XL/4, eager | 7.0x | 15.5x |" in text
+    adm, flow = MODELS["ADM-G"], MODELS["PixelFlow-XL/4"]
+    large, extra = MODELS["PixNerd-L/16"], MODELS["PixNerd-XL/16"]
+    assert tables.paper_ratios(adm, large) == ("**8.0x**", "**8.3x (the paper's 8x)**")
+    assert tables.paper_ratios(adm, extra) == ("6.7x", "6.5x")
+    assert tables.paper_ratios(flow, extra) == ("7.0x", "15.5x")
+    assert tables.paper_ratios(MODELS["DiT-XL/2"], extra) == ("-", "-")
+
+
+def test_tables_show_what_was_measured_and_name_the_rest() -> None:
+    names = ("PixNerd-L/16", "ADM-256", "ADM-classifier")
+    document = {"results": [measured(name, 2.0, b2=3.0) for name in names]}
+    results = costs.by_case(document)
+    text = tables.main_table(results) + tables.ratios(results)
+    assert "ADM-G 256" in text
+    assert "Relay" not in text
+    assert "PixNerd-L/16, eager: ADM-G 256, eager" in text
+    assert "| 1.3x | 1.3x |" in text  # two images take 3, the UNet and the classifier 4
+    assert "Relay Diffusion, eager" in "".join(tables.failures(document))
 
 
 @pytest.fixture

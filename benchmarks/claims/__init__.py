@@ -34,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the PixNerds: eager, compile, ours; default: all. The others run eager",
     )
     add("--compile-baselines", action="store_true", help="run the other models under torch.compile too")
-    add("--quick", action="store_true", help="under two minutes: fewer cases and calls, no torch.compile")
+    add(
+        "--quick",
+        action="store_true",
+        help="under two minutes: L/16, ADM-G and PixelFlow, fewer calls, no compile",
+    )
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 on a GPU")
     add(

@@ -22,10 +22,11 @@ def measure(calls: Mapping[str, Call], device: torch.device, effort: Effort) -> 
 
     `peak` are torch's allocations, on a CPU from the profiler's events, on a GPU the allocator's own count;
     `resident` is the growth of the process's peak resident set in the same call, which checks it: it sees
-    scratch memory outside of torch too, and misses what malloc had kept from before.
+    scratch memory outside of torch too, and misses what malloc had kept from before. `traced` marks a time taken
+    while memory was traced (`Effort.traced_s`).
     """
     entries: dict[str, dict[str, Any]] = {}
-    taken = 0.0
+    traced = {}
     for name, call in calls.items():
         call_once = _synchronised(call, device)
         if device.type != "cpu":
@@ -33,10 +34,15 @@ def measure(calls: Mapping[str, Call], device: torch.device, effort: Effort) -> 
         gc.collect()
         start = time.perf_counter()
         entries[name] = {"memory": _memory(call_once, device)}
-        taken += time.perf_counter() - start
+        traced[name] = time.perf_counter() - start
     samples = {name: Samples([], []) for name in calls}
     order = list(calls)
-    for index in range(effort.rounds(taken)):
+    rounds = effort.rounds(sum(traced.values()), rivals=len(calls) > 1)
+    if not rounds:
+        for name, seconds in traced.items():
+            samples[name].seconds.append(seconds)
+            entries[name]["traced"] = True
+    for index in range(rounds):
         shift = index % len(order)
         for name in order[shift:] + order[:shift]:
             call_once = _synchronised(calls[name], device)

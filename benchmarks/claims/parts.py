@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines import pixelflow, samplers
+from benchmarks.baselines.networks import FastRandom
 from benchmarks.claims.jobs import Job
 from benchmarks.claims.measure import Call, measure
 from benchmarks.worker import failure
@@ -37,7 +38,7 @@ def halves(job: Job, config: PixNerdConfig) -> Iterator[dict[str, Any]]:
     from benchmarks.baselines.pixnerd import PlainPixNerd
 
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
-    with device:
+    with device, FastRandom():
         model = PixNerd(config).eval().requires_grad_(False).to(dtype)
     with torch.device("meta"):
         plain = PlainPixNerd(config).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.baselines.networks import NETWORKS
 from benchmarks.claims.costs import Cost, Results, Row, by_case, row
-from benchmarks.claims.models import EQUAL_STEPS, MODELS
+from benchmarks.claims.models import EQUAL_STEPS, MODELS, Model
 from benchmarks.claims.parts import SOLVERS
 from benchmarks.provenance import summary
 
@@ -55,7 +55,7 @@ def main_table(results: Results) -> str:
         f"s/image, {EQUAL_STEPS} steps", "s/image, its sampler", "paper: GB", "peak GB",
     ]  # fmt: skip
     lines = []
-    for entry in rows(results):
+    for entry in (entry for entry in rows(results) if entry.step):
         paper, image = entry.model.paper, _seconds(entry.image)
         if entry.noise_s and entry.image:
             image += f" ({_seconds(entry.image, entry.noise_s)} with its noise loop)"
@@ -79,19 +79,15 @@ def main_table(results: Results) -> str:
 
 def ratios(results: Results) -> str:
     """PixNerd against each other model: how many times as long the other takes."""
-    every = rows(results)
     head = [
         "PixNerd against", "paper: step", "paper: image", "here: FLOPs of a step", "step, guided",
         f"image, {EQUAL_STEPS} steps", "image, each one's sampler",
     ]  # fmt: skip
+    measured = [entry for entry in rows(results) if entry.step]
     lines = []
-    for pixnerd in (entry for entry in every if entry.model.label.startswith("PixNerd")):
-        for other in (entry for entry in every if not entry.model.label.startswith("PixNerd")):
-            theirs, own = other.model.paper, pixnerd.model.paper
-            step = f"{theirs.step_s / own.step_s:.1f}x" if theirs and own else "-"
-            image = f"{theirs.image_s / own.image_s:.1f}x" if theirs and own else "-"
-            if (pixnerd.model.label, other.model.label) == ("PixNerd-L/16", "ADM-G 256"):
-                step, image = f"**{step}**", f"**{image} (the paper's 8x)**"
+    for pixnerd in (entry for entry in measured if entry.model.label.startswith("PixNerd")):
+        for other in (entry for entry in measured if not entry.model.label.startswith("PixNerd")):
+            step, image = paper_ratios(other.model, pixnerd.model)
             lines.append(
                 [
                     f"{_label(pixnerd)}: {_label(other)}", step, image,
@@ -102,6 +98,17 @@ def ratios(results: Results) -> str:
                 ]
             )  # fmt: skip
     return table(head, lines)
+
+
+def paper_ratios(other: Model, pixnerd: Model) -> tuple[str, str]:
+    """Of a step and of an image, in the paper's Table 1; the one that the claim is about is marked."""
+    theirs, own = other.paper, pixnerd.paper
+    if not theirs or not own:
+        return "-", "-"
+    step, image = f"{theirs.step_s / own.step_s:.1f}x", f"{theirs.image_s / own.image_s:.1f}x"
+    if (pixnerd.label, other.label) == ("PixNerd-L/16", "ADM-G 256"):
+        return f"**{step}**", f"**{image} (the paper's 8x)**"
+    return step, image
 
 
 def _ratio(other: Cost | None, own: Cost | None) -> str:
@@ -131,7 +138,7 @@ def networks(results: Results) -> str:
                         f"{name}, {provider}",
                         batch,
                         f"{measured['median_s']:.3g}" if "median_s" in measured else measured["status"],
-                        str(measured.get("runs", "-")),
+                        f"{measured.get('runs', '-')}{' (traced)' if measured.get('traced') else ''}",
                         f"{result.get('gflop', 0) * int(batch):.1f}",
                         f"{rate:.0f}",
                         f"{_gigabytes(memory.get('peak'))} / {_gigabytes(memory.get('resident'))}",
@@ -195,7 +202,7 @@ def solvers(results: Results) -> str:
 
 
 def failures(document: dict[str, Any]) -> list[str]:
-    """Cases that have no result, with the reason."""
+    """Cases that have no result, with the reason, and the models that lack one."""
     lines = []
     for result in document["results"]:
         reasons = {result.get("reason", "")} | {
@@ -203,6 +210,9 @@ def failures(document: dict[str, Any]) -> list[str]:
         }
         if result["status"] != "ok":
             lines.append(f"- {result['case']} is {result['status']}: {'; '.join(filter(None, reasons))}")
+    measured = rows(by_case(document))
+    if missing := [f"{entry.model.label}, {entry.provider}" for entry in measured if not entry.step]:
+        lines.append(f"- not every network of these has a time: {'; '.join(missing)}")
     return lines
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pixnerd_kernels
 from benchmarks import worker as ops_worker
-from benchmarks.baselines.networks import NETWORKS, count
+from benchmarks.baselines.networks import NETWORKS, FastRandom, count
 from benchmarks.claims import parts
 from benchmarks.claims.jobs import PIXNERDS, Job
 from benchmarks.claims.measure import Call, measure
@@ -97,7 +97,7 @@ def inputs(job: Job, name: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
 def _network(job: Job) -> Iterator[dict[str, Any]]:
     """A baseline: eager, and compiled where asked for."""
     _say("building")
-    with torch.device(job.device):
+    with torch.device(job.device), FastRandom():
         module = NETWORKS[job.name].build().eval().requires_grad_(False).to(getattr(torch, job.dtype))
     yield _counts(job)
     for provider in job.providers:
@@ -157,7 +157,7 @@ def _pixnerd(job: Job) -> Iterator[dict[str, Any]]:
     dtype, config = getattr(torch, job.dtype), CONFIGS[job.name.removeprefix("PixNerd-")]
     if job.smoke:
         config = SMOKE
-    with torch.device(job.device):
+    with torch.device(job.device), FastRandom():
         ours = PixNerd(config).eval().requires_grad_(False).to(dtype)
         # Fresh models return zeros, which would hide a wrong result.
         nn.init.normal_(ours.decoder.linear.weight, std=0.02)
