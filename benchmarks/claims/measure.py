@@ -61,6 +61,20 @@ def measure(calls: Mapping[str, Call], device: torch.device, effort: Effort) -> 
     return entries
 
 
+def matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:
+    """The speed of a large square product, median of three calls: what the machine can do just now."""
+    edge = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
+    product = _synchronised(lambda: a @ b, device)
+    product()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - start)
+    return 2e-9 * edge**3 / sorted(seconds)[1]
+
+
 def _synchronised(call: Call, device: torch.device) -> Call:
     if device.type != "cuda":
         return call

@@ -125,7 +125,7 @@ def networks(results: Results) -> str:
         for provider, entry in result.get("providers", {}).items():
             status = entry.get("status", result["status"])
             if status != "ok":
-                lines.append([f"{name}, {provider}", "", "", "", "", "", "", status])
+                lines.append([f"{name}, {provider}", "", "", "", "", "", "", "", status])
             for batch, measured in entry.get("batches", {}).items():
                 memory = measured.get("memory", {})
                 rate = (
@@ -141,11 +141,22 @@ def networks(results: Results) -> str:
                         f"{measured.get('runs', '-')}{' (traced)' if measured.get('traced') else ''}",
                         f"{result.get('gflop', 0) * int(batch):.1f}",
                         f"{rate:.0f}",
+                        f"{rate / min(speeds):.0%}" if (speeds := result.get("matmul_gflops")) else "-",
                         f"{_gigabytes(memory.get('peak'))} / {_gigabytes(memory.get('resident'))}",
                         NETWORKS[name].note if name in NETWORKS else "",
                     ]
                 )  # fmt: skip
-    head = ["network", "images", "s", "runs", "GFLOP", "GFLOP/s", "activations GB, traced / resident", "note"]
+    head = [
+        "network",
+        "images",
+        "s",
+        "runs",
+        "GFLOP",
+        "GFLOP/s",
+        "of a matmul's",
+        "activations GB, traced / resident",
+        "note",
+    ]
     return table(head, lines)
 
 
@@ -222,7 +233,9 @@ measured forward, nothing else of the sampler. A step is one evaluation with its
 classifier-free guidance, the UNet and the classifier's gradient for ADM-G. Where a model has several stages, its
 forward is the last stage's, its step the mean over all, and {EQUAL_STEPS} steps are shared evenly among them. PixNerd's
 own sampler leaves the second half of guidance away outside its interval. † two forwards of one image stand for
-one of two. ‡ not run: the next smaller stage's time by the ratio of FLOPs.
+one of two. ‡ not run: the next smaller stage's time by the ratio of FLOPs. The models run one after the other, each
+in a process of its own that also times a large matmul before and after: the share of its speed (of the slower one)
+tells the model from what else the machine was doing.
 Peak memory is the weights of all the model's networks and the largest peak of torch's allocations in one call; on
 a CPU from the profiler's events, and checked against the growth of the process's peak resident set in the same
 call (in the table of networks). The paper states neither GPU nor batch for its figures, and they are of

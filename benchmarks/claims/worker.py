@@ -19,7 +19,7 @@ from benchmarks import worker as ops_worker
 from benchmarks.baselines.networks import NETWORKS, FastRandom, count
 from benchmarks.claims import parts
 from benchmarks.claims.jobs import PIXNERDS, Job
-from benchmarks.claims.measure import Call, measure
+from benchmarks.claims.measure import Call, matmul_gflops, measure
 from benchmarks.memory import allocation_peak
 from pixnerd_kernels.models import CONFIGS, PixNerd, PixNerdConfig, to_official
 
@@ -43,8 +43,11 @@ def run_job(job: Job) -> dict[str, Any]:
     try:
         if job.device == "cpu":
             allocation_peak(lambda: (torch.ones(1),))  # the profiler's own memory is not the first call's
+        speed = partial(matmul_gflops, torch.device(job.device), getattr(torch, job.dtype))
+        before = speed()
         for part in _results(job):
             _merge(result, part)
+        result["matmul_gflops"] = [before, speed()]
     except Exception as error:
         result.update(ops_worker.failure(error))
     statuses = {entry.get("status", "ok") for entry in result["providers"].values()}
