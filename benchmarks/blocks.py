@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pixnerd_kernels
 from benchmarks import formulas
-from benchmarks.official_c2i import rotary, rotate
+from benchmarks.baselines import pixnerd
 from benchmarks.shapes import Shape, Tensors
 from pixnerd_kernels.nn import rotary_table
 
@@ -88,10 +88,10 @@ class QkNormRope:
         return shape["B"], shape["H"] * shape["W"], shape["heads"], shape["d"]
 
     def eager(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
-        turn = rotary(shape["H"], shape["W"], shape["d"])
         q, k, v = tensors["qkv"].unbind(2)
-        q = rotate(formulas.rms_norm(q, tensors["q_weight"]), turn)
-        return q + rotate(formulas.rms_norm(k, tensors["k_weight"]), turn) + v
+        turn = pixnerd.rotary_table(shape["H"], shape["W"], shape["d"], like=q)
+        q = pixnerd.rotate(formulas.rms_norm(q, tensors["q_weight"]), turn)
+        return q + pixnerd.rotate(formulas.rms_norm(k, tensors["k_weight"]), turn) + v
 
     def ours(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         q, k, v = pixnerd_kernels.qk_norm_rope(

@@ -7,6 +7,7 @@ package's own reference.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,15 @@ def gated_neural_field(x: Tensor, w_gate: Tensor, w1: Tensor, w2: Tensor, norm_w
     return x + torch.bmm(F.silu(torch.bmm(n, w_gate)) * torch.bmm(n, w1), w2)
 
 
-def dct_encoding(height: int, width: int, max_freqs: int, dtype: torch.dtype) -> Tensor:
+def dct_encoding(
+    height: int, width: int, max_freqs: int, dtype: torch.dtype, device: torch.device | None = None
+) -> Tensor:
     """The class-to-image table cos(pi x f) cos(pi y g) / (1 + f g), [height * width, max_freqs^2]."""
+    where: dict[str, Any] = {"dtype": dtype, "device": device}
     y, x = torch.meshgrid(
-        torch.linspace(0, 1, height, dtype=dtype), torch.linspace(0, 1, width, dtype=dtype), indexing="ij"
+        torch.linspace(0, 1, height, **where), torch.linspace(0, 1, width, **where), indexing="ij"
     )
-    frequencies = torch.linspace(0, max_freqs, max_freqs, dtype=dtype)
+    frequencies = torch.linspace(0, max_freqs, max_freqs, **where)
     f_x, f_y = frequencies[None, :, None], frequencies[None, None, :]
     table = torch.cos(x.reshape(-1, 1, 1) * f_x * math.pi) * torch.cos(y.reshape(-1, 1, 1) * f_y * math.pi)
     return (table / (1 + f_x * f_y)).view(height * width, max_freqs * max_freqs)

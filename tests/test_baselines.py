@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.baselines import networks, pixelflow, samplers
 from benchmarks.baselines.pixnerd import PlainPixNerd
-from pixnerd_kernels.models import load_official
+from pixnerd_kernels.models import PixNerdConfig, load_official
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
@@ -46,6 +46,14 @@ def test_plain_pixnerd_is_the_official_one(name: str) -> None:
     with torch.no_grad():
         out = plain(*(tensors[f"input.{key}"] for key in ("x", "t", "y")))
     assert (out - tensors["output"]).norm() <= 1e-5 * tensors["output"].norm()
+
+
+def test_plain_pixnerd_compiles_whole() -> None:
+    """As one graph: the baseline must not lose to graph breaks."""
+    plain = PlainPixNerd(PixNerdConfig(24, 1, 1, 2, patch_size=4, field_channels=8, num_classes=3))
+    x, t, y = torch.randn(2, 3, 8, 12), torch.rand(2), torch.tensor([1, 2])
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, t, y), plain(x, t, y))
 
 
 def test_evaluations() -> None:

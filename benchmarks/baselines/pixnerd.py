@@ -5,6 +5,7 @@ official implementation.
 
 Source: PixNerd (arXiv 2507.23268) and MCG-NJU/PixNerd. The official code rotates with complex numbers, which
 torch.compile leaves uncompiled; pairs of real ones are used here, which is the same and kinder to the baseline.
+Reshapes stand for F.unfold and F.fold, whose code torch.compile of torch 2.13 gets wrong on a CPU.
 """
 
 from __future__ import annotations
@@ -121,6 +122,15 @@ class FieldBlock(nn.Module):
         return formulas.neural_field(x, w1, w2, self.norm.weight)
 
 
+def patches(image: Tensor, size: int) -> Tensor:
+    """[B, C, H, W] -> [B, L, C, size * size]."""
+    batch, channels, height, width = image.shape
+    tiles = image.reshape(batch, channels, height // size, size, width // size, size).permute(
+        0, 2, 4, 1, 3, 5
+    )
+    return tiles.reshape(batch, -1, channels, size * size)
+
+
 class PlainPixNerd(nn.Module):
     """x [B, C, H, W], times t [B], classes y [B] -> velocity [B, C, H, W]."""
 
@@ -154,7 +164,7 @@ class PlainPixNerd(nn.Module):
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
         time = self.t_embedder(t)[:, None]
         condition = F.silu(time + self.y_embedder.embedding_table(y)[:, None])
-        states = self.s_embedder.proj(F.unfold(x, patch, stride=patch).transpose(1, 2))
+        states = self.s_embedder.proj(patches(x, patch).flatten(2))
         rotary = rotary_table(rows, columns, config.hidden_size // config.num_heads, states)
         for block in self.blocks[: config.num_blocks]:
             states = block(states, condition, rotary)
@@ -163,19 +173,18 @@ class PlainPixNerd(nn.Module):
     def head(self, x: Tensor, states: Tensor) -> Tensor:
         """Noisy image and hidden states -> velocity image."""
         config, patch = self.config, self.config.patch_size
-        pixels = F.unfold(x, patch, stride=patch).transpose(1, 2).flatten(0, 1)
-        pixels = pixels.unflatten(1, (config.in_channels, -1)).transpose(1, 2)  # [N, P^2, C]
+        rows, columns = x.shape[2] // patch, x.shape[3] // patch
+        pixels = patches(x, patch).flatten(0, 1).transpose(1, 2)  # [N, P^2, C]
         encoding = self._encoding(x).expand(len(pixels), -1, -1)
         pixels = self.x_embedder.embedder(torch.cat([pixels, encoding], dim=-1))
         hidden = states.flatten(0, 1)
         for block in self.blocks[config.num_blocks :]:
             pixels = block(pixels, hidden)
         out = self.final_layer.linear(self.final_layer.norm(pixels))
-        out = out.transpose(1, 2).reshape(*states.shape[:2], -1).transpose(1, 2)
-        return F.fold(out, x.shape[2:], patch, stride=patch)
+        out = out.view(len(x), rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
+        return out.reshape(len(x), -1, *x.shape[2:])
 
     def _encoding(self, x: Tensor) -> Tensor:
         patch = self.config.patch_size
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.device(x.device):
-            return formulas.dct_encoding(patch, patch, self.config.max_freqs, wide).to(x.dtype)
+        return formulas.dct_encoding(patch, patch, self.config.max_freqs, wide, x.device).to(x.dtype)

@@ -1,13 +1,15 @@
 """The ops inside the models that they were made for: golden class-to-image models and Chroma1-Radiance heads."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import load
 from tolerance import relative
 
-from benchmarks import official_c2i
-from benchmarks.official_c2i import linear, patches, rms_norm
+from benchmarks.baselines.pixnerd import PlainPixNerd, patches
+from benchmarks.formulas import rms_norm
 from pixnerd_kernels import (
     coordinate_encoding,
     neural_field_mlp,
@@ -15,6 +17,7 @@ from pixnerd_kernels import (
     normalize_weights,
     split_params,
 )
+from pixnerd_kernels.models import load_official
 
 
 def recorded(name, inputs):
@@ -68,30 +71,38 @@ def normalized_before(hidden, gated):
     return field
 
 
+def plain_model(parameters):
+    with torch.device("meta"):
+        return PlainPixNerd(load_official({name: p.detach() for name, p in parameters.items()}).config)
+
+
+def call(plain, parameters, golden, leaves):
+    return torch.func.functional_call(plain, parameters, (leaves["x"], golden["input.t"], golden["input.y"]))
+
+
+def forward_through(block, field, x, hidden):
+    return field(x, block.param_generator1(hidden), block.norm.weight)
+
+
 forms = pytest.mark.parametrize("form", [packed, separate, normalized_before], ids=lambda form: form.__name__)
 
 
 @forms
 @pytest.mark.parametrize("name", ["c2i_tiny", "c2i_d64_p16"])
-def test_class_to_image(backend, name, form):
+def test_class_to_image(backend, name, form, monkeypatch):
     config, golden, parameters, leaves = recorded(name, ["x"])
-    channels, ratio, size = config["hidden_size_x"], config["nerf_mlpratio"], config["patch_size"]
-    out = official_c2i.forward(
-        parameters,
-        config,
-        leaves["x"],
-        golden["input.t"],
-        golden["input.y"],
-        coordinate_encoding(size, size),
-        form(channels * ratio, False),
-    )
-    assert_agrees(out, golden, parameters, leaves)
+    field = form(config["hidden_size_x"] * config["nerf_mlpratio"], False)
+    plain = plain_model(parameters)
+    monkeypatch.setattr(plain, "_encoding", lambda x: coordinate_encoding(*[config["patch_size"]] * 2))
+    for block in plain.blocks[config["num_cond_blocks"] :]:
+        monkeypatch.setattr(block, "forward", partial(forward_through, block, field))
+    assert_agrees(call(plain, parameters, golden, leaves), golden, parameters, leaves)
 
 
 @pytest.mark.parametrize("name", ["c2i_tiny", "c2i_d64_p16"])
 def test_the_plain_model_that_benchmarks_compare_with(name):
-    config, golden, parameters, leaves = recorded(name, ["x"])
-    out = official_c2i.plain(parameters, config, leaves["x"], golden["input.t"], golden["input.y"])
+    _, golden, parameters, leaves = recorded(name, ["x"])
+    out = call(plain_model(parameters), parameters, golden, leaves)
     assert_agrees(out, golden, parameters, leaves)
 
 
@@ -102,22 +113,25 @@ def test_radiance_head(backend, name, form):
     size, channels = config["patch_size"], config["hidden_size_x"]
     image, states = leaves["image"], leaves["hidden"].flatten(0, 1)
 
-    pixels = patches(image, size).reshape(len(states), config["in_channels"], -1).transpose(1, 2)
+    def linear(name, x):
+        return F.linear(x, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
+
+    pixels = patches(image, size).flatten(0, 1).transpose(1, 2)
     encoding = coordinate_encoding(size, size, config["max_freqs"], "dct_integer")
     x = torch.cat([pixels, encoding.expand(len(states), -1, -1)], -1)
-    x = linear(parameters, "nerf_image_embedder.embedder.0", x)
+    x = linear("nerf_image_embedder.embedder.0", x)
     assert relative(x, golden["intermediate.embedded"]) <= 1e-4
 
     field = form(channels * config["mlp_ratio"], True)
     for block in range(config["num_blocks"]):
-        generated = linear(parameters, f"nerf_blocks.{block}.param_generator", states)
+        generated = linear(f"nerf_blocks.{block}.param_generator", states)
         x = field(x, generated, parameters[f"nerf_blocks.{block}.norm.scale"])
     assert relative(x, golden["intermediate.features"]) <= 1e-4
 
     last = "nerf_final_layer_conv" if config["final"] == "conv" else "nerf_final_layer"
     x = rms_norm(x, parameters[f"{last}.norm.scale"])
     if config["final"] == "linear":
-        x = linear(parameters, f"{last}.linear", x)
+        x = linear(f"{last}.linear", x)
     x = x.transpose(1, 2).reshape(len(image), len(states) // len(image), -1).transpose(1, 2)
     x = F.fold(x, image.shape[2:], size, stride=size)
     if config["final"] == "conv":
