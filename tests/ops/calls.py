@@ -1,8 +1,9 @@
 """What the tests of the transformer's ops share: a call, its plain formula, and what has to hold for every one."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +102,32 @@ def sparse(tensor: Tensor) -> Tensor:
 SENTINEL = 12345.0
 
 
+@contextlib.contextmanager
+def between_sentinels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """What the ops allocate in here is NaN between sentinels, which have to be there at the end."""
+    rooms: list[Tensor] = []
+
+    def room(like, shape, dtype):
+        count = math.prod(shape)
+        rooms.append(torch.full((count + 64,), SENTINEL, dtype=dtype or like.dtype))
+        rooms[-1][32 : count + 32] = torch.nan
+        return rooms[-1][32 : count + 32].view(shape)
+
+    def empty_like(like, dtype=None, **_):
+        return room(like, tuple(like.shape), dtype)
+
+    def new_empty(like, *shape):
+        return room(like, tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape, None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", empty_like)
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        yield rooms
+    for each in rooms:
+        assert (each[:32] == SENTINEL).all()
+        assert (each[-32:] == SENTINEL).all()
+
+
 class _Recorder(TorchDispatchMode):
     """The pixnerd ops that run, with their arguments."""
 
@@ -162,30 +189,11 @@ class Matrix:
         tensors, upstream = call.inputs(), call.upstream()
         before = {name: tensor.clone() for name, tensor in (tensors | upstream).items()}
         plain = call.results(call.op, tensors, upstream)
-        rooms = []
-
-        def room(like, shape, dtype):
-            count = math.prod(shape)
-            rooms.append(torch.full((count + 64,), SENTINEL, dtype=dtype or like.dtype))
-            rooms[-1][32 : count + 32] = torch.nan
-            return rooms[-1][32 : count + 32].view(shape)
-
-        def empty_like(like, dtype=None, **_):
-            return room(like, tuple(like.shape), dtype)
-
-        def new_empty(like, *shape):
-            return room(like, tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape, None)
-
-        monkeypatch.setattr(torch, "empty_like", empty_like)
-        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-        out = call.results(call.op, tensors, upstream)
-        monkeypatch.undo()
+        with between_sentinels(monkeypatch) as rooms:
+            out = call.results(call.op, tensors, upstream)
         assert rooms or not backend.compiled
         for name, tensor in out.items():
             assert torch.equal(tensor, plain[name]), name
-        for each in rooms:
-            assert (each[:32] == SENTINEL).all()
-            assert (each[-32:] == SENTINEL).all()
         for name, tensor in (tensors | upstream).items():
             assert torch.equal(tensor, before[name]), name
 
@@ -245,3 +253,21 @@ class Matrix:
             assert all(torch.equal(out[name], eager[name]) for name in eager)
         assert core_calls.total() == 4 * len(calls[:3])
         torch.compiler.reset()
+
+    def test_export(self, any_isa, first):
+        """The exported program holds the op, and runs on another batch size."""
+
+        class Block(torch.nn.Module):
+            def forward(self, tensors):
+                return tuple(first.outputs(first.op, tensors).values())
+
+        tensors = first.inputs()
+        shapes = {name: None if name in first.weights else {0: torch.export.Dim.AUTO} for name in tensors}
+        program = torch.export.export(Block(), (tensors,), dynamic_shapes=(shapes,))
+        assert any("pixnerd" in str(node.target) for node in program.graph.nodes)
+        more = {
+            name: t if name in first.weights else torch.cat([t, t.flip(0)]) for name, t in tensors.items()
+        }
+        expected = first.outputs(first.op, more).values()
+        for out, eager in zip(program.module()(more), expected, strict=True):
+            assert torch.equal(out, eager)

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from calls import between_sentinels
 from decoders import Case, decode, expected, plain_decoder, results
 from fields import FLOATS
 from tolerance import assert_within
@@ -126,3 +127,35 @@ def test_a_gradient_alone_is_the_same(any_isa, name, save_weights):
         # Two chunks of two blocks each: generated once or twice, then the products of this gradient.
         products = {"hidden": 4, "generator.1": 2}.get(name, 0)
         assert any_isa.calls["matmul"] == (4 if save_weights else 8) + products
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("save_weights", [False, True], ids=["recompute", "save"])
+@families
+def test_gradcheck(any_isa, case, save_weights, threads):
+    threads(1)  # hundreds of tiny calls
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.inputs(torch.float64).items()}
+
+    def function(*tensors):
+        named = dict(zip(leaves, tensors, strict=True))
+        options = {"workspace": case.workspace(4, torch.float64), "save_weights": save_weights}
+        return decode(case, named, **options)
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("save_weights", [False, True], ids=["recompute", "save"])
+@families
+def test_only_the_results_are_written(any_isa, case, save_weights, monkeypatch):
+    """Results and workspace lie between sentinels and are filled with NaN beforehand; the inputs stay as they were."""
+    tensors, upstream = case.inputs(), case.upstream()
+    before = {name: tensor.clone() for name, tensor in {**tensors, "upstream": upstream}.items()}
+    function = functools.partial(decode, case, workspace=case.workspace(4), save_weights=save_weights)
+    plain = results(function, tensors, upstream)
+    with between_sentinels(monkeypatch) as rooms:
+        out = results(function, tensors, upstream)
+    assert len(rooms) >= 2  # the result and the workspace
+    for name, tensor in out.items():
+        assert torch.equal(tensor, plain[name]), name
+    for name, tensor in {**tensors, "upstream": upstream}.items():
+        assert torch.equal(tensor, before[name]), name
