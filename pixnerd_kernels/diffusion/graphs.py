@@ -1,7 +1,7 @@
-"""A velocity model as a CUDA graph: captured at its first call, replayed at every other.
+"""A velocity model as a CUDA graph, captured at its first call and replayed at every other; or compiled.
 
-At small batches a GPU waits for Python to launch hundreds of small kernels; a replay launches them all at once. This
-has not run on a GPU in this project yet.
+At small batches a GPU waits for Python to launch hundreds of small kernels; a replay launches them all at once.
+Neither has run on a GPU in this project yet.
 """
 
 from __future__ import annotations
@@ -38,6 +38,25 @@ class GraphedVelocity:
             target.copy_(argument)
         replay()
         return output.clone()
+
+
+class CompiledVelocity:
+    """Calls `velocity` compiled as one graph, once for each combination of shapes.
+
+    Every result is a copy: in the modes with CUDA graphs the next call overwrites what the last one returned.
+
+    Args:
+        velocity: called with x, t and a condition; a graph break in it is an error.
+        mode: of torch.compile: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
+    """
+
+    def __init__(self, velocity: Callable[[Tensor, Tensor, Tensor], Tensor], mode: str) -> None:
+        self.compiled = torch.compile(velocity, mode=mode, fullgraph=True, dynamic=False)
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        out: Tensor = self.compiled(x, t, condition)
+        return out.clone()
 
 
 def capture(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:

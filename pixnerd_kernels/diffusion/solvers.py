@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.diffusion.flow import shift_time
-from pixnerd_kernels.diffusion.graphs import GraphedVelocity
+from pixnerd_kernels.diffusion.graphs import CompiledVelocity, GraphedVelocity
 
 SOLVERS = ("euler", "heun", "adams")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -36,6 +37,7 @@ def sample(
     exact_heun: bool = False,
     span: tuple[int, int] | None = None,
     cuda_graph: bool = False,
+    compile_mode: str | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Draw samples by integrating dx/dt = velocity(x, t, condition) over `time_steps`.
@@ -59,6 +61,8 @@ def sample(
             the first one's time, to the result, x at the last one's end; Adams and Heun start anew. None is all.
         cuda_graph: capture one evaluation as a CUDA graph (two where only some steps are guided), and replay it in
             every step; noise must be on a CUDA device. Not run on a GPU in this project yet.
+        compile_mode: evaluate velocity through torch.compile in this mode, as one graph; "reduce-overhead" replays CUDA
+            graphs on a GPU. Compiled once for each batch size; later calls with the same velocity find it there.
         on_step: called with the number of steps done (from 1; the steps before the span count) and x.
 
     Returns:
@@ -79,7 +83,10 @@ def sample(
         last_step,
         span,
         cuda_graph,
+        compile_mode,
     )
+    if compile_mode is not None:
+        velocity = CompiledVelocity(velocity, compile_mode)
     if cuda_graph:
         velocity = GraphedVelocity(velocity)
     first, last = (0, num_steps) if span is None else span
@@ -166,9 +173,14 @@ def _check(
     last_step: float | None,
     span: tuple[int, int] | None,
     cuda_graph: bool,
+    compile_mode: str | None,
 ) -> None:
     problems = Problems("sample")
     problems.choice("solver", solver, SOLVERS)
+    if compile_mode is not None:
+        problems.choice("compile_mode", compile_mode, COMPILE_MODES)
+        if cuda_graph:
+            problems.add("cuda_graph", "False where compile_mode is given", cuda_graph)
     counted = problems.count("num_steps", num_steps)
     if span is not None:
         whole = isinstance(span, tuple) and len(span) == 2 and all(isinstance(step, int) for step in span)

@@ -1,4 +1,4 @@
-"""The CUDA-graph sampler, with capture and replay played by Python: what is copied when, and the refusal on a CPU."""
+"""The CUDA-graph sampler, with capture and replay played by Python, and the compiled one: what is copied when."""
 
 import pytest
 import torch
@@ -59,3 +59,54 @@ def test_a_cpu_is_refused():
         ValueError, match="cuda_graph: expected noise on a CUDA device, which is on cpu, got True"
     ):
         sample(PixNerd(CONFIG), noise, y, num_steps=2, cuda_graph=True)
+
+
+def test_a_compiled_velocity_draws_the_same(monkeypatch):
+    """Through inductor, in one graph; a second drawing compiles nothing."""
+    torch.manual_seed(0)
+    model = PixNerd(CONFIG)
+    torch.nn.init.normal_(model.decoder.linear.weight)
+    noise, y, null = torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), torch.tensor([3, 3])
+    options = {"solver": "adams", "num_steps": 4, "guidance": 2.0}
+    expected = sample(model, noise, y, null, **options)
+    torch.compiler.reset()
+    out = sample(model, noise, y, null, compile_mode="default", **options)
+    assert (out - expected).norm() <= 1e-5 * expected.norm()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(sample(model, noise, y, null, compile_mode="default", **options), out)
+    torch.compiler.reset()
+
+
+def test_results_of_a_compiled_velocity_are_kept(monkeypatch):
+    """Adams needs the velocities of earlier steps; a CUDA graph's output is overwritten by the next call."""
+    output = torch.zeros(2, 1, 8, 8)
+
+    def compile(velocity, **options):
+        assert options == {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
+        return lambda *arguments: output.copy_(velocity(*arguments))
+
+    monkeypatch.setattr(torch, "compile", compile)
+    noise, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    options = {"solver": "adams", "order": 3, "num_steps": 5}
+
+    def velocity(x, t, condition):
+        return x * (1 + t).view(-1, 1, 1, 1) + condition.view(-1, 1, 1, 1)
+
+    expected = sample(velocity, noise, y, **options)
+    assert torch.equal(sample(velocity, noise, y, compile_mode="reduce-overhead", **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile_mode": "fast"}, "compile_mode: expected one of 'default', 'reduce-overhead'.*got 'fast'"),
+        (
+            {"compile_mode": "default", "cuda_graph": True},
+            "cuda_graph: expected False where compile_mode is given",
+        ),
+    ],
+)
+def test_modes_that_cannot_be(options, message):
+    noise, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=message):
+        sample(PixNerd(CONFIG), noise, y, num_steps=2, **options)
