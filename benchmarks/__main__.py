@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import claims, decoder, gpu, model, ops, patch, report, resources, tune
+from benchmarks import claims, curves, decoder, gpu, model, ops, patch, report, resources, tune
 
 COMMANDS = {
     "ops": ops,
     "decoder": decoder,
     "model": model,
     "claims": claims,
+    "curves": curves,
     "report": report,
     "patch": patch,
     "gpu": gpu,

@@ -1,15 +1,18 @@
-"""Where the fused block's time goes: the op with pieces taken away, beside its products and results alone."""
+"""Where an op's time goes: the block with pieces taken away, and the decoder's steps timed as they run."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 import pixnerd_kernels
-from benchmarks.providers import Compute, call
+from benchmarks.heads import PixelDecoder
+from benchmarks.providers import PROVIDERS, Compute, call
 from benchmarks.registry import Case, NeuralFieldMLP, Shape, Tensors
 from benchmarks.timing import Budget, Samples, interleave, yardsticks
 
@@ -25,12 +28,78 @@ _VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
 
 
 def supports(case: Case) -> bool:
-    """Only the plain block with separate weights is taken apart."""
-    return isinstance(case.op, NeuralFieldMLP) and not (case.op.gated or case.op.packed)
+    """The plain block with separate weights, and the pixel decoder."""
+    plain = isinstance(case.op, NeuralFieldMLP) and not (case.op.gated or case.op.packed)
+    return plain or isinstance(case.op, PixelDecoder)
 
 
 def measure(case: Case, shape: Shape, made: Tensors, budget: Budget) -> list[dict[str, Any]]:
-    """Rows of label, median_s and saved_s (the full op's time minus the row's, median over rounds)."""
+    """Rows of label and median_s; `variants` add saved_s, `steps` share and, where there are FLOPs, flops_per_s."""
+    if isinstance(case.op, PixelDecoder):
+        return steps(case, shape, made)
+    return variants(case, shape, made, budget)
+
+
+#: What the decoder's CPU backend runs for each chunk of patches.
+_STEPS = {
+    "generate": "generated weights = states @ generatorsᵀ",
+    "weight_gradient": "generators' gradients",
+    "hidden_gradient": "gradient of the states",
+    "forward": "embedding, fields and output layer",
+    "backward": "the same backwards, with the forward again",
+}
+
+
+def steps(case: Case, shape: Shape, made: Tensors, calls: int = 7) -> list[dict[str, Any]]:
+    """The decoder's steps, summed over chunks and blocks within a call; medians over calls."""
+    from pixnerd_kernels.ops.pixel_decoder import cpu
+
+    taken: list[dict[str, float]] = []
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            out = function(*arguments)
+            taken[-1][name] = taken[-1].get(name, 0.0) + time.perf_counter() - start
+            return out
+
+        return run
+
+    function = call(case, PROVIDERS["ours"].prepare(case, shape), made)
+    with mock.patch.multiple(cpu, **{name: timed(name, getattr(cpu, name)) for name in _STEPS}):
+        for _ in range(calls + 1):
+            taken.append({})
+            start = time.perf_counter()
+            function()
+            taken[-1]["everything else"] = time.perf_counter() - start - sum(taken[-1].values())
+    flops = _step_flops(case, shape)
+    rows = []
+    whole = float(np.median([sum(entry.values()) for entry in taken[1:]]))
+    for name in taken[-1]:
+        median = float(np.median([entry[name] for entry in taken[1:]]))
+        row = {"label": _STEPS.get(name, name), "median_s": median, "share": median / whole}
+        rows.append(row | ({"flops_per_s": flops[name] / median} if name in flops else {}))
+    return rows
+
+
+def _step_flops(case: Case, shape: Shape) -> dict[str, int]:
+    """FLOPs of each step's matrix products in one call."""
+    op = case.op
+    assert isinstance(op, PixelDecoder)
+    fields = {**shape, "D": 0}
+    product = op.flops(shape, False, True) - op.flops(fields, False, True)
+    again = case.training and not op.save_weights
+    return {
+        "generate": product * (2 if again else 1),
+        "weight_gradient": product,
+        "hidden_gradient": product,
+        "forward": op.flops(fields, False, True),
+        "backward": op.flops(fields, True, True) - op.flops(fields, False, True),
+    }
+
+
+def variants(case: Case, shape: Shape, made: Tensors, budget: Budget) -> list[dict[str, Any]]:
+    """saved_s is the full op's time minus the row's, median over rounds."""
     tasks: dict[str, Callable[[], object]] = {}
     for label, (norm, options) in _VARIANTS.items():
         inputs = {name: tensor for name, tensor in made.items() if norm or name != "norm_weight"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from benchmarks import provenance
 from benchmarks.baselines.pixnerd import PlainPixNerd
+from benchmarks.files import save
+from benchmarks.halves import halves
 from benchmarks.memory import allocation_peak
 from benchmarks.model_profile import launches, profile, profile_table
 from benchmarks.timing import Budget, interleave, yardsticks
@@ -55,9 +56,11 @@ class Setting:
         self.target = torch.randn_like(self.x)
         with torch.device("meta"):
             self.plain = PlainPixNerd(config)
+        # The very same parameters: a step of either trains both.
+        self.plain.load_state_dict(self.parameters, assign=True)
 
     def eager(self) -> Tensor:
-        out: Tensor = torch.func.functional_call(self.plain, self.parameters, (self.x, self.t, self.y))
+        out: Tensor = self.plain(self.x, self.t, self.y)
         return out
 
     def ours(self) -> Tensor:
@@ -115,65 +118,115 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"warning: {busy}", flush=True)
     names = [name for name in PROVIDERS if name in arguments.provider]
     setting = Setting(config, arguments.size, arguments.batch)
-    document: dict[str, Any] = {
-        "provenance": origin,
+    result: dict[str, Any] = {
         "config": arguments.config,
         "blocks": config.num_blocks,
         "size": arguments.size,
         "batch": arguments.batch,
         "pass": "training step" if arguments.training else "forward",
     }
+    document = {"schema": 1, "kind": "model", "provenance": origin, "results": [result]}
     forwards = setting.forwards(names)
     if arguments.training:
         steps = {name: _training(setting, forward) for name, forward in forwards.items()}
         outputs = {name: torch.cat([g.flatten()[:4096] for g in run()]) for name, (_, run) in steps.items()}
         tasks: dict[str, Callable[[], object]] = {name: step for name, (step, _) in steps.items()}
-        document["peak"] = {name: allocation_peak(run).peak for name, (_, run) in steps.items()}
+        result["peak"] = {name: allocation_peak(run).peak for name, (_, run) in steps.items()}
         limit = 1e-3
     else:
         outputs = {name: forward() for name, forward in forwards.items()}
         tasks = dict(forwards)
-        document["peak"] = {name: allocation_peak(lambda f=f: (f(),)).peak for name, f in forwards.items()}  # type: ignore[misc]
+        result["peak"] = {name: allocation_peak(lambda f=f: (f(),)).peak for name, f in forwards.items()}  # type: ignore[misc]
         limit = 1e-4
-    document["errors"] = _errors(outputs)
-    if not all(error <= limit for error in document["errors"].values()):
-        print(f"WRONG: relative differences {document['errors']}, allowed {limit}")
+    result["errors"] = _errors(outputs)
+    if not all(error <= limit for error in result["errors"].values()):
+        print(f"WRONG: relative differences {result['errors']}, allowed {limit}")
         return 1
     matmul = yardsticks(copy_mib=1)[0]
     budget = Budget(seconds=0, least=arguments.rounds, most=arguments.rounds, warm_up=0)
     samples = interleave({**tasks, "matmul": matmul.run}, budget)
-    document["seconds"] = {name: entry.seconds for name, entry in samples.items()}
-    document["median_s"] = {name: entry.median for name, entry in samples.items()}
-    document["matmul_flops_per_s"] = matmul.work / samples["matmul"].median
+    result["seconds"] = {name: entry.seconds for name, entry in samples.items()}
+    result["median_s"] = {name: entry.median for name, entry in samples.items()}
+    result["matmul_flops_per_s"] = matmul.work / samples["matmul"].median
     if "ours" in names:
-        document["time_over_ours"] = {name: samples[name].ratio(samples["ours"]) for name in names}
-    print(_table(document, names))
+        result["time_over_ours"] = {name: samples[name].ratio(samples["ours"]) for name in names}
+    print(_table(result))
     if arguments.profile:
-        document["profile"] = profile(setting.ours, config, arguments.size, arguments.batch)
-        print(profile_table(document["profile"]))
-        document["launches"] = launches(
+        result["profile"] = profile(setting.ours, config, arguments.size, arguments.batch)
+        print(profile_table(result["profile"]))
+        result["stacks"] = _stacks(setting, config, arguments)
+        result["launches"] = launches(
             lambda blocks: Setting(replace(CONFIGS["tiny/4"], num_blocks=blocks), 16, 1)
         )
-        print(_launches(document["launches"]))
+        print(_launches(result["launches"]))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        save(arguments.json, document)
         print(f"wrote {arguments.json}")
     return 0
 
 
-def _table(document: dict[str, Any], names: list[str]) -> str:
+def _stacks(
+    setting: Setting, config: PixNerdConfig, arguments: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Seconds of the head and of the transformer's parts, eager and ours: the halves are timed, the parts are shares
+    of their profile."""
+    calls = halves(setting.model, setting.plain, setting.x, setting.t, setting.y)
+    rounds = Budget(seconds=0, least=arguments.rounds, most=arguments.rounds, warm_up=0)
+    samples = interleave(calls, rounds)
+    stacks = {}
+    for name in ("eager", "ours"):
+        body = f"transformer, {name}"
+        shares = profile(calls[body], config, arguments.size, arguments.batch)["shares"]
+        seconds = samples[body].median
+        stacks[name] = {
+            "matrix products": seconds * shares["product"],
+            "attention": seconds * shares["attention"],
+            "norms, gates, copies": seconds * shares["other"],
+            "pixel head": samples[f"head, {name}"].median,
+        }
+    return stacks
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """Times, ratios and memory, and where a forward's time goes."""
+    where = document["provenance"]
+    lines = ["| model | pass | provider | s | ours is faster by | peak MB |", "|---|---|---|---:|---:|---:|"]
+    parts = []
+    for result in document["results"]:
+        label = f"{result['config']}, {result['size']}x{result['size']}, batch {result['batch']}"
+        for name in result["errors"]:
+            ratio = result.get("time_over_ours", {}).get(name)
+            lines.append(
+                f"| {label} | {result['pass']} | {name} | {result['median_s'][name]:.3g} | "
+                f"{'' if ratio is None or name == 'ours' else f'{ratio:.2f}x'} | {result['peak'][name] / 1e6:.0f} |"
+            )
+        if stacks := result.get("stacks"):
+            names = list(stacks["ours"])
+            rows = [
+                f"| {name} | " + " | ".join(f"{stack[n]:.3g}" for n in names) + " |"
+                for name, stack in stacks.items()
+            ]
+            parts.append(
+                "\n".join([f"| seconds | {' | '.join(names)} |", "|---|" + "---:|" * len(names), *rows])
+            )
+        if "launches" in result:
+            parts.append(_launches(result["launches"]))
+    note = f"`{where['command']}` on {provenance.summary(where)}; float32."
+    return "\n\n".join(["\n".join(lines), *parts, note]) + "\n"
+
+
+def _table(result: dict[str, Any]) -> str:
     lines = [
-        f"{document['config']} ({document['blocks']} blocks), {document['size']}x{document['size']}, batch "
-        f"{document['batch']}, float32, {document['pass']}; a 2048^3 matmul ran at "
-        f"{document['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s in the same rounds",
+        f"{result['config']} ({result['blocks']} blocks), {result['size']}x{result['size']}, batch "
+        f"{result['batch']}, float32, {result['pass']}; a 2048^3 matmul ran at "
+        f"{result['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s in the same rounds",
         f"  {'':8} {'median s':>9} {'over ours':>10} {'peak MB':>9} {'difference':>11}",
     ]
-    for name in names:
-        ratio = document.get("time_over_ours", {}).get(name)
+    for name in result["errors"]:
+        ratio = result.get("time_over_ours", {}).get(name)
         lines.append(
-            f"  {name:8} {document['median_s'][name]:9.3f} {'-' if ratio is None else f'{ratio:.2f}x':>10} "
-            f"{document['peak'][name] / 1e6:9.0f} {document['errors'][name]:11.1e}"
+            f"  {name:8} {result['median_s'][name]:9.3f} {'-' if ratio is None else f'{ratio:.2f}x':>10} "
+            f"{result['peak'][name] / 1e6:9.0f} {result['errors'][name]:11.1e}"
         )
     return "\n".join(lines)
 

@@ -67,6 +67,8 @@ def _flops(op: str, shapes: list[list[int]], config: PixNerdConfig, size: int, b
     dims = [shape for shape in shapes if len(shape) > 1]
     if op in ("aten::addmm", "aten::mm"):
         return 2 * dims[0][0] * dims[0][1] * dims[1][1]
+    if op == "aten::bmm":
+        return 2 * dims[0][0] * dims[0][1] * dims[0][2] * dims[1][2]
     if op == "mkldnn::_linear_pointwise":
         return 2 * dims[0][0] * dims[0][1] * dims[1][0]
     if op in _ATTENTION:
@@ -116,6 +118,13 @@ class _Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def computing_ops(function: Callable[[], object]) -> int:
+    """Ops of one call that compute something, each at least one launch on a GPU; a compiled graph's are not seen."""
+    with _Counter() as counter:
+        function()
+    return counter.count
+
+
 def launches(make: Callable[[int], Any]) -> dict[str, dict[str, int]]:
     """Ops that compute, of the plain model and of ours: those of one DiT block, and those of the rest of a step.
 
@@ -128,7 +137,5 @@ def launches(make: Callable[[int], Any]) -> dict[str, dict[str, int]]:
             run = getattr(setting, name)
             with torch.inference_mode():
                 run()
-                with _Counter() as counter:
-                    run()
-            entry.append(counter.count)
+                entry.append(computing_ops(run))
     return {name: {"block": two - one, "rest": 2 * one - two} for name, (one, two) in counts.items()}

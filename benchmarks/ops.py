@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import breakdown, plot, provenance, tables
+from benchmarks import breakdown, compare, plot, provenance, tables
+from benchmarks.files import save
 from benchmarks.providers import PROVIDERS, select_providers
 from benchmarks.registry import Case, select_cases
 from benchmarks.timing import QUICK, Budget
@@ -48,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="few rounds, and no resident-set measurement")
     add("--threads", type=_positive, help="threads of torch and of the core; default: torch's")
     add("--isa", choices=ISAS, help="the core's instruction set; default: the best that this CPU has")
-    add("--profile", action="store_true", help="break the plain block's time down into pieces")
+    add("--profile", action="store_true", help="where the time of a plain block or a decoder goes")
+    add(
+        "--base",
+        metavar="REF",
+        help="compare with another commit's package: ours alone, in alternating processes",
+    )
     add("--json", type=Path, metavar="FILE", help="write the results, after every case")
     add("--markdown", type=Path, metavar="FILE", help="write a Markdown table")
     add("--plot", type=Path, metavar="FILE", help="write a bar chart (PNG)")
@@ -70,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             baselines = ", ".join(name for name in PROVIDERS if name != "ours")
             raise ValueError(f"--accept: expected baselines ({baselines}), got {', '.join(arguments.accept)}")
         _set_isa(arguments.isa)
+        if arguments.base and not arguments.list:
+            return _compare(arguments, cases)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -96,7 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"[{index}/{len(jobs)}] {job.case}, malloc {job.malloc}", file=sys.stderr, flush=True)
             document["results"].append(launch_process(job))
             print("\n" + tables.text(document["results"][-1]) + "\n", flush=True)
-            _save(arguments.json, document)
+            if arguments.json:
+                save(arguments.json, document)
     except KeyboardInterrupt:
         document["interrupted"] = True
         print(f"interrupted after {len(document['results'])} of {len(jobs)} measurements", file=sys.stderr)
@@ -104,6 +114,35 @@ def run(arguments: argparse.Namespace) -> int:
     if document["interrupted"]:
         return 130
     return int(any(result["status"] not in ("ok", "inexact") for result in document["results"]))
+
+
+def _compare(arguments: argparse.Namespace, cases: list[Case]) -> int:
+    """Ours on another commit and on this tree; 1 where one of them cannot run a case.
+
+    Raises:
+        ValueError: there is no such commit, or its core cannot be built.
+    """
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    commit = compare.resolve(arguments.base)
+    root = compare.checkout(commit, compare.folder())
+    document: dict[str, Any] = {
+        "schema": 1,
+        "kind": "comparison",
+        "base": commit,
+        "provenance": provenance.collect(sys.argv[1:]),
+    }
+    jobs = [
+        dataclasses.replace(job, resident=False, breakdown=False) for job in _jobs(arguments, cases, ["ours"])
+    ]
+    document["results"] = compare.measure(jobs, commit, root, launch_process)
+    path = arguments.json or (arguments.out / "comparison.json" if arguments.out else None)
+    text = compare.table(document)
+    if path:
+        save(path, document)
+        save(path.with_suffix(".md"), text)
+    print(text)
+    return int(any(result["status"] != "ok" for result in document["results"]))
 
 
 def _jobs(arguments: argparse.Namespace, cases: list[Case], providers: list[str]) -> list[Job]:
@@ -121,7 +160,7 @@ def _jobs(arguments: argparse.Namespace, cases: list[Case], providers: list[str]
                 malloc=malloc,
                 threads=arguments.threads or 0,
                 resident=first and case.headline and not arguments.quick,
-                breakdown=arguments.profile and case.headline and breakdown.supports(case),
+                breakdown=arguments.profile and breakdown.supports(case),
             )
             jobs.append(job)
     return jobs
@@ -136,15 +175,18 @@ def _set_isa(isa: str | None) -> None:
         raise ValueError(f"--isa {isa}: the core runs {running or 'not at all (it is not available)'}")
 
 
-def launch_process(job: Job) -> dict[str, Any]:
-    """Run a job in a fresh process under its malloc setting; one that dies becomes a result that says so."""
+def launch_process(job: Job, root: Path = provenance.ROOT) -> dict[str, Any]:
+    """Run a job in a fresh process under its malloc setting; one that dies becomes a result that says so.
+
+    The process imports the package and the benchmarks from `root`.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in MALLOC["tuned"]}
     environment.update(MALLOC[job.malloc])
     environment.setdefault("KINETO_LOG_LEVEL", "99")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.worker", job.to_json(), str(file)]
-        code = subprocess.run(command, env=environment, cwd=provenance.ROOT, check=False).returncode
+        code = subprocess.run(command, env=environment, cwd=root, check=False).returncode
         if code in (130, -2):
             raise KeyboardInterrupt
         if file.exists():
@@ -170,22 +212,12 @@ def _died(job: Job, code: int) -> dict[str, Any]:
     }
 
 
-def _save(path: Path | None, document: dict[str, Any]) -> None:
-    """Replace the file in one step: an interruption leaves the old one or the new one."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(fresh, path)
-
-
 def _write(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
     """Files first: a closed stdout must not cost them."""
-    _save(arguments.json, document)
+    if arguments.json:
+        save(arguments.json, document)
     if arguments.markdown:
-        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
-        arguments.markdown.write_text(tables.markdown(document))
+        save(arguments.markdown, tables.markdown(document))
     if arguments.plot:
         try:
             plot.bars(document, arguments.plot)

@@ -1,8 +1,9 @@
-"""Bar charts of results, with the conditions under the plot."""
+"""Charts of results, with the conditions under the plot."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,123 @@ def _panel(axis: Any, results: list[dict[str, Any]]) -> None:
     axis.margins(y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False, loc="upper left")
+
+
+def curves(document: dict[str, Any], path: Path) -> None:
+    """A row for each sweep: time, and peak memory, against what is swept; both axes are logarithmic.
+
+    Raises:
+        ValueError: no point has a time.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sweeps: dict[str, list[dict[str, Any]]] = {}
+    for result in document["results"]:
+        if any("median_s" in entry for entry in result["providers"].values()):
+            sweeps.setdefault(result["sweep"], []).append(result)
+    if not sweeps:
+        raise ValueError("nothing to plot: no point was timed")
+    figure = Figure(figsize=(9, 2.7 * len(sweeps) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(sweeps), 2, squeeze=False)
+    for (time_axis, memory_axis), (name, points) in zip(rows, sweeps.items(), strict=True):
+        _lines(time_axis, points, "ms", lambda entry: entry.get("median_s", float("nan")) * 1e3)
+        _lines(
+            memory_axis,
+            points,
+            "peak MB",
+            lambda entry: entry.get("memory", {}).get("peak", float("nan")) / 1e6,
+        )
+        time_axis.set_title(f"{name}: {points[0]['case']}, {points[0]['dtype']}", fontsize=9, loc="left")
+    conditions = (
+        "Medians of interleaved runs; memory by torch's allocations in one call, results included; lower is better. "
+        f"{summary(document['provenance'])}. {document['provenance']['command']}"
+    )
+    figure.supxlabel(textwrap.fill(conditions, 130), fontsize=7, color="#555555")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _lines(
+    axis: Any, points: list[dict[str, Any]], unit: str, value: Callable[[dict[str, Any]], float]
+) -> None:
+    names = list(dict.fromkeys(name for point in points for name in point["providers"]))
+    at = [point["value"] for point in points]
+    for index, name in enumerate(names):
+        heights = [value(point["providers"].get(name, {})) for point in points]
+        axis.plot(at, heights, "o-", color=_COLOURS.get(name, f"C{index}"), label=name, markersize=4)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(at, [str(x) for x in at])
+    axis.set_ylabel(unit)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+
+
+def stacks(document: dict[str, Any], path: Path) -> None:
+    """Where a forward's time goes, eager above ours.
+
+    Raises:
+        ValueError: no result was profiled.
+    """
+    found = [result for result in document["results"] if "stacks" in result]
+    if not found:
+        raise ValueError("nothing to plot: measure with --profile")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = _figure(8, 1.6 * len(found) + 0.9, len(found), document)
+    for axis, result in zip(axes, found, strict=True):
+        names = list(result["stacks"])[::-1]
+        left = [0.0] * len(names)
+        for part in result["stacks"]["ours"]:
+            widths = [result["stacks"][name][part] for name in names]
+            bars = axis.barh(names, widths, left=left, label=part)
+            labels = [
+                f"{width:.2g}" if width > 0.03 * sum(result["stacks"][names[-1]].values()) else ""
+                for width in widths
+            ]
+            axis.bar_label(bars, labels, label_type="center", fontsize=8)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axis.set_title(
+            f"{result['config']}, {result['size']}x{result['size']}, batch {result['batch']}, float32: forward",
+            fontsize=9,
+        )
+        axis.set_xlabel("s")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    figure.savefig(path, dpi=130)
+
+
+def ratios(document: dict[str, Any], path: Path) -> None:
+    """The base commit's time over this tree's, case by case, with the range of the rounds.
+
+    Raises:
+        ValueError: no case ran on both.
+    """
+    found = [result for result in document["results"] if "base_over_now" in result]
+    if not found:
+        raise ValueError("nothing to plot: no case ran on both commits")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, (axis,) = _figure(8, 0.35 * len(found) + 1.4, 1, document)
+    names = [f"{result['case']}, {result['malloc']}" for result in found]
+    middle = [result["base_over_now"] for result in found]
+    low = [result["base_over_now"] - result["least_ratio"] for result in found]
+    high = [result["largest_ratio"] - result["base_over_now"] for result in found]
+    axis.barh(names, middle, xerr=[low, high], color="#d9622b", error_kw={"lw": 0.8})
+    axis.axvline(1, color="#333333", lw=0.8)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"time of {document['base'][:10]} over this tree's; above 1 this tree is faster")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def _figure(width: float, height: float, rows: int, document: dict[str, Any]) -> tuple[Any, Any]:
+    """A figure with axes below each other and the conditions under them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    conditions = f"{summary(document['provenance'])}. {document['provenance']['command']}"
+    figure.supxlabel(textwrap.fill(conditions, 14 * int(width)), fontsize=7, color="#555555")
+    return figure, figure.subplots(rows, 1, squeeze=False)[:, 0]

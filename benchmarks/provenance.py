@@ -15,6 +15,8 @@ import torch
 import pixnerd_kernels
 from pixnerd_kernels import backends
 
+#: Results that were just written change no measurement.
+_CODE = ("--", ".", ":(exclude)benchmarks/results")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -40,7 +42,7 @@ def collect(arguments: list[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "pixnerd_kernels": pixnerd_kernels.__version__,
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "dirty": None if (status := _git("status", "--porcelain", *_CODE)) is None else bool(status),
         "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

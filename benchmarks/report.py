@@ -1,4 +1,4 @@
-"""One static HTML page, PNG plots and Markdown from the JSON of ops, model, decoder and claims, whichever exist."""
+"""One static HTML page, PNG plots and Markdown from the JSON of the other commands, whichever exist."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import base64
 import html
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     body = []
     for index, (path, document) in enumerate(found):
-        is_claims = document.get("kind") == "claims"
-        text = claims_tables.markdown(document) if is_claims else _markdown(document)
+        text, draw = _rendering(document)
         body.append(f"<h1>{html.escape(path.stem)}</h1>")
         picture = arguments.out / f"{index}-{path.stem}.png"
         try:
-            (_claims_plot if is_claims else plot.bars)(document, picture)
+            draw(document, picture)
             data = base64.b64encode(picture.read_bytes()).decode()
             body.append(f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">')
         except (ImportError, KeyError, ValueError) as error:
@@ -84,17 +84,32 @@ def _documents(inputs: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
-def _markdown(document: dict[str, Any]) -> str:
-    """Documents of another shape than that of `ops` show their cases' medians."""
+def _rendering(document: dict[str, Any]) -> tuple[str, Callable[[dict[str, Any], Path], None]]:
+    """A document's Markdown, and what draws it: by its kind, which results of `ops` and `decoder` do not have."""
+    from benchmarks import compare, curves, model
+    from benchmarks.claims import tables as claims_tables
+
+    kinds: dict[str, tuple[Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], None]]] = {
+        "claims": (claims_tables.markdown, _claims_plot),
+        "curves": (curves.markdown, plot.curves),
+        "comparison": (compare.table, plot.ratios),
+        "model": (model.markdown, plot.stacks),
+    }
+    render, draw = kinds.get(document.get("kind", ""), (tables.markdown, plot.bars))
     try:
-        return tables.markdown(document)
+        return render(document), draw
     except KeyError:
-        lines = ["| case | provider | ms |", "|---|---|---:|"]
-        for result in document["results"]:
-            for name, entry in result.get("providers", {}).items():
-                if "median_s" in entry:
-                    lines.append(f"| {result.get('case', '')} | {name} | {1e3 * entry['median_s']:.3g} |")
-        return "\n".join([*lines, "", provenance.summary(document["provenance"]), ""])
+        return _medians(document), draw
+
+
+def _medians(document: dict[str, Any]) -> str:
+    """Documents of another shape show their cases' medians."""
+    lines = ["| case | provider | ms |", "|---|---|---:|"]
+    for result in document["results"]:
+        for name, entry in result.get("providers", {}).items():
+            if "median_s" in entry:
+                lines.append(f"| {result.get('case', '')} | {name} | {1e3 * entry['median_s']:.3g} |")
+    return "\n".join([*lines, "", provenance.summary(document["provenance"]), ""])
 
 
 def _fill(path: Path, text: str) -> None:

@@ -77,6 +77,10 @@ def notes(result: dict[str, Any]) -> list[str]:
         rate = yardstick["work"] / yardstick["median_s"] / 1e9
         unit = "GFLOP/s" if "matmul" in yardstick["label"] else "GB/s"
         lines.append(f"{yardstick['label']}: {_ms(yardstick['median_s'])} ms, {rate:.4g} {unit}")
+    counts = {name: entry["ops"] for name, entry in result["providers"].items() if entry.get("ops")}
+    if counts:
+        cells = ", ".join(f"{name} {count}" for name, count in counts.items())
+        lines.append(f"ops that compute, each at least one launch on a GPU: {cells}")
     lines += [f"{label}: {_percent(share)}" for label, share in memory_shares(result).items()]
     return lines
 
@@ -114,11 +118,24 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _breakdown(rows: list[dict[str, Any]]) -> str:
+    if any("share" in entry for entry in rows):
+        return _steps(rows)
     width = max(len(row["label"]) for row in rows)
     lines = [f"  {'what is left'.ljust(width)}   median ms   below the full op"]
     for entry in rows:
         saved = f"{entry['saved_s'] * 1e3:+.2f} ms"
         lines.append(f"  {entry['label'].ljust(width)}  {_ms(entry['median_s']):>10}  {saved:>18}")
+    return "\n".join(lines)
+
+
+def _steps(rows: list[dict[str, Any]]) -> str:
+    width = max(len(row["label"]) for row in rows)
+    lines = [f"  {'step'.ljust(width)}  median ms   share   GFLOP/s"]
+    for entry in rows:
+        speed = f"{entry['flops_per_s'] / 1e9:.0f}" if "flops_per_s" in entry else ""
+        lines.append(
+            f"  {entry['label'].ljust(width)}  {_ms(entry['median_s']):>9}  {_percent(entry['share']):>6}  {speed:>8}"
+        )
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks import breakdown
 from benchmarks.check import Error, Truth
 from benchmarks.memory import allocation_peak, resident_growth
+from benchmarks.model_profile import computing_ops
 from benchmarks.providers import PROVIDERS, call
 from benchmarks.registry import CASES, Case, Shape
 from benchmarks.timing import Budget, Samples, interleave, yardsticks
@@ -38,6 +39,8 @@ class Job:
     threads: int = 0
     resident: bool = False
     breakdown: bool = False
+    #: Entries that replace those of the case's shape.
+    shape: dict[str, int] = field(default_factory=dict, hash=False)
 
     @staticmethod
     def from_json(text: str) -> Job:
@@ -63,7 +66,7 @@ def run_job(job: Job) -> dict[str, Any]:
     if job.threads:
         torch.set_num_threads(job.threads)
     case = CASES[job.case]
-    shape = case.size(job.size)
+    shape = {**case.size(job.size), **job.shape}
     result: dict[str, Any] = {
         "case": case.name,
         "op": case.op.name,
@@ -124,10 +127,12 @@ def _measure(job: Job, case: Case, shape: Shape, result: dict[str, Any]) -> None
             entry[f"share_of_{yardstick}"] = samples[yardstick].ratio(samples[name]) * work / total
         if "ours" in calls:
             entry["time_over_ours"] = samples[name].ratio(samples["ours"])
-    _progress("measuring memory")
+    _progress("measuring memory, counting ops")
     for name, function in calls.items():
         allocated = allocation_peak(function)
         entry = result["providers"][name]
+        # Compiled code calls no ops.
+        entry["ops"] = None if name == "compile" else computing_ops(function)
         entry["memory"] = {
             "peak": allocated.peak,
             "without_results": allocated.transient,

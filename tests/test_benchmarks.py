@@ -159,6 +159,17 @@ def test_the_json_tells_where_it_comes_from(run: Any) -> None:
     assert any(row["label"] == "the full op" for row in result["breakdown"])
 
 
+@pytest.mark.parametrize("name", ["pixel_decoder-xl-256-training", "pixel_decoder-xl-256-saving"])
+def test_the_decoder_s_steps_are_timed(run: Any, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document = run("--case", name, "--provider", "ours", "--profile")
+    assert code == 0
+    rows = document["results"][0]["breakdown"]
+    assert sum(row["share"] for row in rows) == pytest.approx(1, abs=0.2)  # medians of each
+    computed = sum(row.get("flops_per_s", 0) * row["median_s"] for row in rows)
+    assert computed == pytest.approx(CASES[name].flops(CASES[name].smoke, recompute=True))
+    assert "generators' gradients" in capsys.readouterr().out
+
+
 def test_a_busy_machine_is_told() -> None:
     assert "3.0 on 2 cores" in provenance.busy({"load_average": 3.0, "cores": 2})
     assert not provenance.busy({"load_average": 0.3, "cores": 2})

@@ -29,10 +29,15 @@ SMALL = [
 def test_both_agree_and_are_timed(tmp_path, capsys, training):
     file = tmp_path / "model.json"
     assert main([*SMALL, "--json", str(file), *(["--training"] if training else ["--profile"])]) == 0
-    document = json.loads(file.read_text())
-    assert document["errors"]["ours"] < 1e-4
-    assert all(document["median_s"][name] > 0 and document["peak"][name] > 0 for name in ("eager", "ours"))
+    result = json.loads(file.read_text())["results"][0]
+    assert result["errors"]["ours"] < 1e-4
+    assert all(result["median_s"][name] > 0 and result["peak"][name] > 0 for name in ("eager", "ours"))
     assert "over ours" in capsys.readouterr().out
+    if not training:
+        assert result["stacks"]["ours"].keys() == result["stacks"]["eager"].keys()
+        assert main(["report", str(file), "--out", str(tmp_path)]) == 0
+        assert (tmp_path / "0-model.png").read_bytes().startswith(b"\x89PNG")
+        assert "pixel head" in (tmp_path / "report.html").read_text()
 
 
 def test_a_wrong_model_is_refused(monkeypatch, capsys):

@@ -28,14 +28,14 @@ class Effort:
     traced_s: float = float("inf")
 
     def rounds(self, one: float, rivals: bool = True) -> int:
-        """At least `least`, unless one round takes a third of a minute: then one; none above `traced_s`."""
+        """At least `least`, unless one round takes half a minute: then one; none above `traced_s`."""
         if one > self.traced_s and not rivals:
             return 0
-        least = self.least if one < 20 else 1
+        least = self.least if one < 30 else 1
         return min(self.most, max(least, int(self.seconds / max(one, 1e-9))))
 
 
-FULL, QUICK = Effort(seconds=15, least=2, most=15), Effort(seconds=3, least=1, most=3, traced_s=3)
+FULL, QUICK = Effort(seconds=20, least=3, most=15), Effort(seconds=3, least=1, most=3, traced_s=3)
 
 
 @dataclass(frozen=True)

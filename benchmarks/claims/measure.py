@@ -29,8 +29,8 @@ def measure(calls: Mapping[str, Call], device: torch.device, effort: Effort) -> 
     traced = {}
     for name, call in calls.items():
         call_once = _synchronised(call, device)
-        if device.type != "cpu":
-            call_once()
+        if device.type != "cpu" or name == "compile":
+            call_once()  # compiles, or lets libraries and caches allocate
         gc.collect()
         start = time.perf_counter()
         entries[name] = {"memory": _memory(call_once, device)}

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import halves as split
 from benchmarks.baselines import pixelflow, samplers
 from benchmarks.baselines.networks import FastRandom
 from benchmarks.claims.jobs import Job
@@ -21,19 +21,10 @@ from pixnerd_kernels.nn import PixelDecoder
 SIZES = (256, 512, 1024)
 
 
-class _Passing(nn.Module):
-    """Stands in for the head: keeps what it is given and returns the hidden states."""
-
-    def forward(self, image: Tensor, hidden: Tensor, *rest: Any) -> Tensor:
-        self.given = (image, hidden, *rest)
-        return hidden
-
-
 def halves(job: Job, config: PixNerdConfig) -> Iterator[dict[str, Any]]:
     """Transformer and head alone at each size, eager and ours: time, memory and GFLOP of each.
 
-    The transformer is the model with its head taken out, so everything is in one half or the other. Sizes are
-    square; positions stretch, so the weights fit all of them.
+    Sizes are square; positions stretch, so the weights fit all of them.
     """
     from benchmarks.baselines.pixnerd import PlainPixNerd
 
@@ -43,25 +34,14 @@ def halves(job: Job, config: PixNerdConfig) -> Iterator[dict[str, Any]]:
     with torch.device("meta"):
         plain = PlainPixNerd(config).eval().requires_grad_(False)
     plain.load_state_dict(to_official(model), assign=True)
-    head = model.decoder
-    model.decoder = _Passing()  # type: ignore[assignment]
     for size in (32, 64) if job.smoke else SIZES:
         with device:
             x = torch.randn(1, config.in_channels, size, size, dtype=dtype)
             t, y = torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)
         try:
-            with torch.no_grad():
-                states = model(x, t, y)
-                given = model.decoder.given  # type: ignore[union-attr]
-            calls: dict[str, Call] = {
-                "transformer, ours": lambda: model(x, t, y),  # noqa: B023
-                "head, ours": lambda: head(*given),  # noqa: B023
-                "transformer, eager": lambda: plain.transformer(x, t, y),  # noqa: B023
-                "head, eager": lambda: plain.head(x, states),  # noqa: B023
-            }
+            calls = split.halves(model, plain, x, t, y)
             calls = {name: call for name, call in calls.items() if name.split()[-1] in job.providers}
-            with torch.no_grad():
-                entries = measure(calls, device, job.effort)
+            entries = measure(calls, device, job.effort)
             entries = {
                 name: {**entry, "gflop": _gflop(config, size, name)} for name, entry in entries.items()
             }
