@@ -94,9 +94,8 @@ class QkNormRope:
         return q + pixnerd.rotate(formulas.rms_norm(k, tensors["k_weight"]), turn) + v
 
     def ours(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
-        q, k, v = pixnerd_kernels.qk_norm_rope(
-            **tensors, rope=rotary_table(shape["H"], shape["W"], shape["d"])
-        )
+        rope = rotary_table(shape["H"], shape["W"], shape["d"], device=tensors["qkv"].device)
+        q, k, v = pixnerd_kernels.qk_norm_rope(**tensors, rope=rope)
         return q + k + v
 
     def flops(self, shape: Shape, training: bool, recompute: bool) -> int:

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import provenance
+from benchmarks import blocks, provenance
 from benchmarks.check import Truth
+from benchmarks.heads import PixelDecoder
 from benchmarks.providers import PROVIDERS, call
 from benchmarks.registry import Case, NeuralFieldMLP, NormalizeWeights, Shape
 from pixnerd_kernels import backends
@@ -34,9 +35,13 @@ RATES = {"H100": (3.0e12, 800e12), "H200": (4.3e12, 800e12)}
 _HEAD = {"N": 16384, "S": 256, "D1": 64, "D2": 128}
 _GATED = {"N": 4096, "S": 256, "D1": 64, "D2": 256}
 _ODD = {"N": 65536, "S": 20, "D1": 12, "D2": 24}
+_XL = {"B": 64, "H": 256, "P": 16, "D": 1152, "D1": 64, "D2": 128, "K": 4}
+_TOKENS = {"B": 64, "L": 256, "D": 1152}
+_HEADS = {"B": 64, "H": 16, "W": 16, "heads": 16, "d": 72}
 
 
 def _cases() -> list[Case]:
+    """The smaller shape is the one that is checked against float64."""
     cases = []
     for training in (False, True):
         end = "training" if training else "forward"
@@ -51,6 +56,16 @@ def _cases() -> list[Case]:
             ("weights-bf16", NormalizeWeights(), {"N": 16384, "D1": 64, "D2": 128}, torch.bfloat16),
         ):
             cases.append(Case(f"{name}-{end}", op, training, shape, {**shape, "N": 8}, dtype))  # type: ignore[arg-type]
+        for name, op, shape, small in (
+            ("decoder-xl-bf16", PixelDecoder(), _XL, {"B": 2, "H": 64}),
+            ("decoder-xl-saving-bf16", PixelDecoder(save_weights=True), _XL, {"B": 2, "H": 64}),
+            ("norm-bf16", blocks.ModulatedRMSNorm(), _TOKENS, {"B": 2}),
+            ("residual-bf16", blocks.GatedResidualNorm(), _TOKENS, {"B": 2}),
+            ("rope-bf16", blocks.QkNormRope(), _HEADS, {"B": 2}),
+            ("swiglu-bf16", blocks.Swiglu(), {**_TOKENS, "D": 3072}, {"B": 2}),
+        ):
+            if training or "saving" not in name:
+                cases.append(Case(f"{name}-{end}", op, training, shape, {**shape, **small}, torch.bfloat16))  # type: ignore[arg-type]
     return cases
 
 

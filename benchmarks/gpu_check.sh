@@ -56,6 +56,13 @@ if "$python" -c 'import pytest' 2>/dev/null; then
     -k triton & pids+=($!)
   step tests_others 240 "${pytest[@]}" tests/ops/test_normalize_weights.py tests/ops/test_coordinate_encoding.py \
     -k "triton and not opcheck" & pids+=($!)
+  step tests_blocks 240 "${pytest[@]}" tests/ops/test_{modulated_rms_norm,gated_residual,qk_norm_rope,swiglu}.py \
+    -k "triton and not opcheck" & pids+=($!)
+  step tests_decoder 240 "${pytest[@]}" tests/ops/test_pixel_decoder.py -k "triton and not every_chunking" & pids+=($!)
+  step tests_chunks 240 "${pytest[@]}" tests/ops/test_pixel_decoder.py tests/ops/test_pixel_decoder_golden.py \
+    tests/ops/test_pixel_decoder_memory.py -k "triton and (every_chunking or golden or memory)" & pids+=($!)
+  step tests_decoder_graph 240 "${pytest[@]}" tests/ops/test_pixel_decoder_graph.py \
+    -k "triton and not opcheck" & pids+=($!)
 else
   echo "tests: pytest is not installed" | tee -a "$out/steps.txt"
 fi

@@ -27,7 +27,11 @@ def test_the_roofline_that_is_written_down():
     assert gpu.rates_of("NVIDIA L4", slow_memory) is slow_memory
 
 
-@pytest.mark.parametrize("name", ["plain-bf16-forward", "packed-bf16-training", "weights-bf16-training"])
+SMALL = {"decoder-xl-saving-bf16-training": {"B": 1, "H": 16, "K": 1}, "rope-bf16-forward": {"B": 1}}
+NAMES = ["plain-bf16-forward", "packed-bf16-training", "weights-bf16-training", *SMALL]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_case_is_checked_timed_and_tabled(name, monkeypatch):
     """On the CPU, with the timing and the memory of a GPU made up."""
     monkeypatch.setattr(
@@ -35,7 +39,8 @@ def test_a_case_is_checked_timed_and_tabled(name, monkeypatch):
     )
     monkeypatch.setattr(gpu, "peak_memory", lambda function: len(function()))
     case = gpu.CASES[name]
-    case = replace(case, shape={**case.shape, "N": 2}, smoke={**case.smoke, "N": 2})
+    small = SMALL.get(name, {"N": 2})
+    case = replace(case, shape={**case.shape, **small}, smoke={**case.smoke, **small})
     result = gpu.measure(case, ["eager", "ours"], 3, RATES, torch.device("cpu"))
     for entry in result["providers"].values():
         assert entry["status"] == "ok", entry

@@ -168,6 +168,8 @@ def _measure(todo: list[Any], document: dict[str, Any], path: Path) -> None:
     """Run each job and save after each: an interruption loses one job."""
     from tqdm import tqdm
 
+    from benchmarks.claims import jobs
+
     bar = tqdm(todo, unit="case", dynamic_ncols=True)
     for job in bar:
         bar.set_description(job.name)
@@ -178,7 +180,7 @@ def _measure(todo: list[Any], document: dict[str, Any], path: Path) -> None:
         result["wall_s"] = time.perf_counter() - begin
         result["job"] = job.to_json()
         others = [r for r in document["results"] if r["case"] != job.name]
-        document["results"] = [*others, result]
+        document["results"] = sorted([*others, result], key=lambda r: jobs.names().index(r["case"]))
         if result["status"] != "ok":
             tqdm.write(f"{job.name} is {result['status']}: {result.get('reason', 'see its providers')}")
         save(path, document)

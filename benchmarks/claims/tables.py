@@ -77,15 +77,16 @@ def main_table(results: Results) -> str:
     return table(head, lines)
 
 
-def ratios(results: Results) -> str:
-    """PixNerd against each other model: how many times as long the other takes."""
+def ratios(results: Results, pixnerds: Sequence[str] = ()) -> str:
+    """PixNerd against each other model: how many times as long the other takes; all PixNerds, or those labelled."""
     head = [
         "PixNerd against", "paper: step", "paper: image", "here: FLOPs of a step", "step, guided",
         f"image, {EQUAL_STEPS} steps", "image, each one's sampler",
     ]  # fmt: skip
     measured = [entry for entry in rows(results) if entry.step]
     lines = []
-    for pixnerd in (entry for entry in measured if entry.model.label.startswith("PixNerd")):
+    own = [entry for entry in measured if entry.model.label.startswith("PixNerd")]
+    for pixnerd in (entry for entry in own if not pixnerds or _label(entry) in pixnerds):
         for other in (entry for entry in measured if not entry.model.label.startswith("PixNerd")):
             step, image = paper_ratios(other.model, pixnerd.model)
             lines.append(
@@ -277,9 +278,8 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def readme(document: dict[str, Any]) -> str:
-    """The first table, the ratios, and the conditions: what a README shows."""
+    """The first table, the ratios of L/16, and the conditions: what a README shows."""
     results = by_case(document)
     where = document["provenance"]
-    return "\n\n".join(
-        [main_table(results), ratios(results), NOTES, f"`{where['command']}` on {summary(where)}.", ""]
-    )
+    shown = ratios(results, ("PixNerd-L/16, eager", "PixNerd-L/16, ours"))
+    return "\n\n".join([main_table(results), shown, NOTES, f"`{where['command']}` on {summary(where)}.", ""])
