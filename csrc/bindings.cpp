@@ -13,6 +13,7 @@
 #include "modulated_rms_norm.h"
 #include "neural_field_mlp.h"
 #include "normalize_weights.h"
+#include "pages.h"
 #include "parallel.h"
 #include "pixel_decoder.h"
 #include "qk_norm_rope.h"
@@ -279,6 +280,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", &pixnerd::current_isa, "The instruction set in use.");
   m.def("isas", &pixnerd::supported_isas, "The instruction sets that this processor runs, slowest first.");
   m.def("set_isa", &pixnerd::set_isa, py::arg("name"), "Use this instruction set; 'auto' is the fastest.");
+  m.def(
+      "advise_huge_pages",
+      [](std::int64_t block, std::int64_t bytes) {
+        pixnerd::advise_huge_pages(mutable_address(block), static_cast<std::size_t>(bytes));
+      },
+      py::arg("address"), py::arg("bytes"), "Ask for huge pages under a large new block.");
   m.def("openmp_runtime", &pixnerd::openmp_runtime, "Path of the OpenMP runtime in use, or an empty string.");
 
   py::class_<pixnerd::NeuralField>(m, "NeuralField", "Sizes, options and addresses of one call.")

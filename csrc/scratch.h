@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "pages.h"
+
 namespace pixnerd::PIXNERD_ISA {
 
 // One 64-byte aligned slice per worker. Throws std::bad_alloc.
@@ -14,6 +16,7 @@ class Scratch {
       : slice_((bytes_per_worker + kAlign - 1) / kAlign * kAlign),
         data_(static_cast<char*>(std::aligned_alloc(kAlign, slice_ * static_cast<std::size_t>(workers) + kAlign))) {
     if (!data_) throw std::bad_alloc();
+    advise_huge_pages(data_, slice_ * static_cast<std::size_t>(workers));
   }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;

@@ -10,7 +10,7 @@ from torch import Tensor
 from pixnerd_kernels.backends import native
 from pixnerd_kernels.checks import describe
 from pixnerd_kernels.ops.modulated_rms_norm import cpu as norm
-from pixnerd_kernels.ops.native import DTYPES, dense_rows, strided
+from pixnerd_kernels.ops.native import DTYPES, dense_rows, fresh, strided
 
 
 def _residual(y: Tensor, gate: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
@@ -31,7 +31,7 @@ def _residual(y: Tensor, gate: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
 
 def forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """z in x's dtype, contiguous."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = fresh(torch.empty_like(x, memory_format=torch.contiguous_format))
     if y.shape != x.shape or y.dtype != x.dtype:
         raise ValueError(f"y: expected {list(x.shape)} {x.dtype}, got {describe(y)}")
     if out.numel():
@@ -46,7 +46,7 @@ def backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and gate, contiguous."""
     if grad.shape != y.shape or grad.dtype != y.dtype:
         raise ValueError(f"grad: expected {list(y.shape)} {y.dtype}, got {describe(grad)}")
-    dy = torch.empty_like(y, memory_format=torch.contiguous_format)
+    dy = fresh(torch.empty_like(y, memory_format=torch.contiguous_format))
     d_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if y.numel():
         grad = dense_rows(grad)

@@ -10,7 +10,7 @@ from torch import Tensor
 from pixnerd_kernels.backends import native
 from pixnerd_kernels.checks import describe
 from pixnerd_kernels.ops.dtypes import compute_dtype
-from pixnerd_kernels.ops.native import DTYPES, dense_rows, strided
+from pixnerd_kernels.ops.native import DTYPES, dense_rows, fresh, strided
 
 
 def _norm(
@@ -70,8 +70,8 @@ def run_forward(
     gate: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     """z = x + gate * y (None without y) and its norm, contiguous."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    z = None if y is None else torch.empty_like(out)
+    out = fresh(torch.empty_like(x, memory_format=torch.contiguous_format))
+    z = None if y is None else fresh(torch.empty_like(out))
     if out.numel():
         norm, alive = _norm(x, weight, shift, scale, eps, y, gate)
         native().modulated_rms_norm_forward(norm, strided(z), strided(out))
@@ -104,8 +104,8 @@ def run_backward(
     for name, tensor in (("grad", grad), ("grad_z", grad_z)):
         if tensor is not None and (tensor.shape != z.shape or tensor.dtype != z.dtype):
             raise ValueError(f"{name}: expected {list(z.shape)} {z.dtype}, got {describe(tensor)}")
-    dx = torch.empty_like(z, memory_format=torch.contiguous_format)
-    dy = None if y is None else torch.empty_like(dx)
+    dx = fresh(torch.empty_like(z, memory_format=torch.contiguous_format))
+    dy = None if y is None else fresh(torch.empty_like(dx))
     row = (z.shape[0], 1, z.shape[2])
     d_gate, d_shift, d_scale = (
         z.new_empty(row) if wanted else None for wanted in (gate is not None, shifted, scale is not None)

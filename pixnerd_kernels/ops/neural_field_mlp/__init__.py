@@ -12,6 +12,7 @@ from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
+from pixnerd_kernels.ops.native import fresh
 from pixnerd_kernels.ops.neural_field_mlp import reference
 
 ACTIVATIONS = ("silu", "gelu", "relu")
@@ -269,7 +270,7 @@ def _forward(x, w1, w2, w_gate, norm_weight, *options):  # type: ignore[no-untyp
 def _backward(grad, x, w1, w2, w_gate, norm_weight, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
     *options, forced = options
     weights = (w1, w2, w_gate)
-    targets = [None if w is None or not need_weights else _empty(w) for w in weights]
+    targets = [None if w is None or not need_weights else fresh(_empty(w)) for w in weights]
     dx, d_norm = _run_backward(grad, x, weights, norm_weight, need_x, targets, options, forced)
     return [_or_empty(t, x) for t in (dx, *targets, d_norm)]
 
@@ -280,7 +281,7 @@ def _packed_forward(x, params, norm_weight, hidden, gated, *options):  # type: i
 
 def _packed_backward(grad, x, params, norm_weight, hidden, gated, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
     *options, forced = options
-    d_params = _empty(params) if need_weights else None
+    d_params = fresh(_empty(params)) if need_weights else None
     targets = [None] * 3 if d_params is None else list(_split(d_params, x.shape[2], hidden, gated))
     weights = _split(params, x.shape[2], hidden, gated)
     dx, d_norm = _run_backward(grad, x, weights, norm_weight, need_x, targets, options, forced)

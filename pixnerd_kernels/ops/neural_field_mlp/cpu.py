@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pixnerd_kernels.backends import native
 from pixnerd_kernels.ops.dtypes import compute_dtype
-from pixnerd_kernels.ops.native import DTYPES, dense_rows, strided
+from pixnerd_kernels.ops.native import DTYPES, dense_rows, fresh, strided
 from pixnerd_kernels.ops.neural_field_mlp.shapes import check_gradient, check_weights
 
 #: The core's numbers.
@@ -62,7 +62,7 @@ def forward(
     x: Tensor, w1: Tensor, w2: Tensor, w_gate: Tensor | None, norm_weight: Tensor | None, *options: Any
 ) -> Tensor:
     """y [N, S, D1] in x's dtype, contiguous."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = fresh(torch.empty_like(x, memory_format=torch.contiguous_format))
     if y.numel():
         field, alive = _field(x, w1, w2, w_gate, norm_weight, *options)
         native().neural_field_mlp_forward(field, strided(y))
@@ -82,7 +82,7 @@ def backward(
     *options: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x (if needed) and norm_weight; those of w1, w2, w_gate are written into `targets`."""
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+    dx = fresh(torch.empty_like(x, memory_format=torch.contiguous_format)) if need_x else None
     d_norm = None
     if norm_weight is not None:
         d_norm = torch.empty_like(norm_weight, dtype=compute_dtype(x.dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pixnerd_kernels.backends import native
 from pixnerd_kernels.checks import describe
-from pixnerd_kernels.ops.native import DTYPES
+from pixnerd_kernels.ops.native import DTYPES, fresh
 
 
 def _run(w: Tensor, grad: Tensor | None, dim: int, eps: float) -> Tensor:
@@ -18,7 +18,7 @@ def _run(w: Tensor, grad: Tensor | None, dim: int, eps: float) -> Tensor:
         if grad.shape != w.shape or grad.dtype != w.dtype:
             raise ValueError(f"grad: expected {list(w.shape)} {w.dtype}, got {describe(grad)}")
         grad = grad.contiguous()
-    out = torch.empty_like(w)
+    out = fresh(torch.empty_like(w))
     if out.numel():
         native().normalize_weights(
             outer=math.prod(w.shape[:dim]),

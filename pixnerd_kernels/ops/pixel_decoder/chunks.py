@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pixnerd_kernels.ops.coordinate_encoding.reference import forward as coordinate_encoding
 from pixnerd_kernels.ops.dtypes import compute_dtype
+from pixnerd_kernels.ops.native import fresh
 
 AUTO, UNCHUNKED = -1, 0
 
@@ -185,7 +186,7 @@ def _chunks(call: Call) -> Iterator[tuple[int, int]]:
 def _room(call: Call) -> Tensor:
     """Memory for the generated weights of the largest chunk."""
     largest = max((count for _, count in _chunks(call)), default=0)
-    return call.hidden.new_empty(len(call.generators), largest, call.generators[0].shape[0])
+    return fresh(call.hidden.new_empty(len(call.generators), largest, call.generators[0].shape[0]))
 
 
 def _generate(backend: Any, call: Call, first: int, out: Tensor) -> None:
@@ -198,10 +199,10 @@ def _generate(backend: Any, call: Call, first: int, out: Tensor) -> None:
 def forward(backend: Any, call: Call, save_weights: bool) -> tuple[Tensor, Tensor]:
     """The result [B, C_out, H, W], and the generated weights [blocks, N, G] or an empty tensor."""
     batch, _, height, width = call.image.shape
-    out = call.image.new_empty(batch, call.out_channels, height, width)
+    out = fresh(call.image.new_empty(batch, call.out_channels, height, width))
     saved = call.hidden.new_empty(0)
     if save_weights:
-        saved = call.hidden.new_empty(len(call.generators), call.patches, call.generators[0].shape[0])
+        saved = fresh(call.hidden.new_empty(len(call.generators), call.patches, call.generators[0].shape[0]))
     room = saved if save_weights else _room(call)
     for first, count in _chunks(call):
         generated = room[:, first : first + count] if save_weights else room[:, :count]
@@ -217,7 +218,7 @@ def backward(backend: Any, call: Call, grad: Tensor, saved: Tensor, needs: Needs
     d_image = torch.empty_like(image, memory_format=torch.contiguous_format) if needs.image else None
     d_states = hidden.new_empty(call.patches, hidden.shape[2]) if needs.hidden else None
     weights = [
-        torch.empty_like(w, dtype=compute, memory_format=torch.contiguous_format) if need else None
+        fresh(torch.empty_like(w, dtype=compute, memory_format=torch.contiguous_format)) if need else None
         for w, need in zip(call.generators, needs.generators, strict=True)
     ]
     biases = [

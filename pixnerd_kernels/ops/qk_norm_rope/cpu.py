@@ -10,7 +10,7 @@ from torch import Tensor
 from pixnerd_kernels.backends import native
 from pixnerd_kernels.checks import describe
 from pixnerd_kernels.ops.dtypes import compute_dtype
-from pixnerd_kernels.ops.native import DTYPES, dense_rows
+from pixnerd_kernels.ops.native import DTYPES, dense_rows, fresh
 
 #: (address, batch stride, token stride, head stride) in elements; a zero address is an absent tensor.
 _Heads = tuple[int, int, int, int]
@@ -79,8 +79,8 @@ def forward(
     """q [B, L, heads, d], k and v [B, L + M, heads, d], contiguous."""
     batch, tokens, _, heads, channels = qkv.shape
     keys = tokens + (0 if text_kv is None else text_kv.shape[1])
-    q = qkv.new_empty(batch, tokens, heads, channels)
-    k, v = (qkv.new_empty(batch, keys, heads, channels) for _ in range(2))
+    q = fresh(qkv.new_empty(batch, tokens, heads, channels))
+    k, v = (fresh(qkv.new_empty(batch, keys, heads, channels)) for _ in range(2))
     if k.numel():
         call, alive = _call(qkv, q_weight, k_weight, rope, text_kv, eps)
         native().qk_norm_rope_forward(call, _heads(q), _heads(k), _heads(v))
@@ -110,7 +110,7 @@ def backward(
         if grad.shape != (batch, length, heads, channels) or grad.dtype != qkv.dtype:
             expected = [batch, length, heads, channels]
             raise ValueError(f"{name}: expected {expected} {qkv.dtype}, got {describe(grad)}")
-    d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    d_qkv = fresh(torch.empty_like(qkv, memory_format=torch.contiguous_format))
     d_text = None if text_kv is None else torch.empty_like(text_kv, memory_format=torch.contiguous_format)
     weights = [torch.empty_like(w, dtype=compute_dtype(qkv.dtype)) for w in (q_weight, k_weight)]
     if keys and batch and heads and channels:

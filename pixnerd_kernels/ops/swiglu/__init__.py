@@ -11,6 +11,7 @@ from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
+from pixnerd_kernels.ops.native import fresh
 from pixnerd_kernels.ops.swiglu import reference
 
 
@@ -92,7 +93,7 @@ def _forward(gate: Tensor, up: Tensor, forced: str) -> Tensor:
 
 
 def _backward(grad: Tensor, gate: Tensor, up: Tensor, forced: str) -> list[Tensor]:
-    d_gate, d_up = _empty(gate), _empty(up)
+    d_gate, d_up = fresh(_empty(gate)), fresh(_empty(up))
     _backend(gate, forced).backward(grad, gate, up, d_gate, d_up)
     return [d_gate, d_up]
 
@@ -102,7 +103,7 @@ def _packed_forward(x: Tensor, forced: str) -> Tensor:
 
 
 def _packed_backward(grad: Tensor, x: Tensor, forced: str) -> Tensor:
-    dx = _empty(x)
+    dx = fresh(_empty(x))
     _backend(x, forced).backward(grad, *_halves(x), *_halves(dx))
     return dx
 

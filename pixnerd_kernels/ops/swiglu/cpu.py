@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pixnerd_kernels.backends import native
 from pixnerd_kernels.checks import describe
-from pixnerd_kernels.ops.native import DTYPES, Strided, dense_rows
+from pixnerd_kernels.ops.native import DTYPES, Strided, dense_rows, fresh
 
 
 def _rows(tensor: Tensor) -> Strided:
@@ -34,7 +34,7 @@ def _call(gate: Tensor, up: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up in gate's dtype, contiguous."""
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    out = fresh(torch.empty_like(gate, memory_format=torch.contiguous_format))
     if out.numel():
         call, alive = _call(gate, up)
         native().swiglu_forward(call, _rows(out))
