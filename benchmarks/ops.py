@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import breakdown, compare, plot, provenance, tables
-from benchmarks.files import save
+from benchmarks.files import load, save
 from benchmarks.providers import PROVIDERS, select_providers
 from benchmarks.registry import Case, select_cases
 from benchmarks.timing import QUICK, Budget
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--markdown", type=Path, metavar="FILE", help="write a Markdown table")
     add("--plot", type=Path, metavar="FILE", help="write a bar chart (PNG)")
     add("--out", type=Path, metavar="DIR", help="all three: ops.json, ops.md and ops.png in DIR")
+    add("--resume", action="store_true", help="keep what the JSON has of this commit, machine and setting")
     add("--list", action="store_true", help="list the cases and stop")
 
 
@@ -97,13 +98,15 @@ def run(arguments: argparse.Namespace) -> int:
         "interrupted": False,
         "results": [],
     }
+    kept = _kept(arguments, document["provenance"])
     print(provenance.summary(document["provenance"]), flush=True)
     if busy := provenance.busy(document["provenance"]):
         print(f"warning: {busy}", flush=True)
     try:
         for index, job in enumerate(jobs, 1):
             print(f"[{index}/{len(jobs)}] {job.case}, malloc {job.malloc}", file=sys.stderr, flush=True)
-            document["results"].append(launch_process(job))
+            result = kept.get(job.to_json()) or launch_process(job)
+            document["results"].append({**result, "job": job.to_json()})
             print("\n" + tables.text(document["results"][-1]) + "\n", flush=True)
             if arguments.json:
                 save(arguments.json, document)
@@ -114,6 +117,27 @@ def run(arguments: argparse.Namespace) -> int:
     if document["interrupted"]:
         return 130
     return int(any(result["status"] not in ("ok", "inexact") for result in document["results"]))
+
+
+def _kept(arguments: argparse.Namespace, here: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Results of an interrupted run by their job, where --resume asks for them and they stem from what is here now."""
+    if not (arguments.resume and arguments.json and arguments.json.exists()):
+        return {}
+    try:
+        document = load(arguments.json)
+    except ValueError as error:
+        print(f"nothing to resume: {error}", file=sys.stderr)
+        return {}
+    was = document["provenance"]
+    if any(
+        was.get(key) != here[key]
+        for key in ("cpu", "cores", "threads", "isa", "torch", "python", "commit", "dirty")
+    ):
+        print(
+            f"nothing to resume: {arguments.json} is from another commit, machine or version", file=sys.stderr
+        )
+        return {}
+    return {r["job"]: r for r in document["results"] if r.get("status") in ("ok", "inexact") and "job" in r}
 
 
 def _compare(arguments: argparse.Namespace, cases: list[Case]) -> int:

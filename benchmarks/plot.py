@@ -100,6 +100,8 @@ def curves(document: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from benchmarks.curves import SWEEPS
+
     sweeps: dict[str, list[dict[str, Any]]] = {}
     for result in document["results"]:
         if any("median_s" in entry for entry in result["providers"].values()):
@@ -117,6 +119,8 @@ def curves(document: dict[str, Any], path: Path) -> None:
             "peak MB",
             lambda entry: entry.get("memory", {}).get("peak", float("nan")) / 1e6,
         )
+        for axis in (time_axis, memory_axis):
+            axis.set_xlabel(SWEEPS[name].label, fontsize=8)
         time_axis.set_title(f"{name}: {points[0]['case']}, {points[0]['dtype']}", fontsize=9, loc="left")
     conditions = (
         "Medians of interleaved runs; memory by torch's allocations in one call, results included; lower is better. "

@@ -170,6 +170,26 @@ def test_the_decoder_s_steps_are_timed(run: Any, name: str, capsys: pytest.Captu
     assert "generators' gradients" in capsys.readouterr().out
 
 
+def test_an_interrupted_run_is_resumed(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--case", "neural_field_mlp-plain-*", "--provider", "ours", "--malloc", "default")
+    asked: list[str] = []
+
+    def launch(job: worker.Job) -> dict[str, Any]:
+        asked.append(job.case)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return worker.run_job(job)
+
+    code, first = run(*words, launch=launch)
+    assert (code, asked) == (130, [FORWARD, TRAINING])
+    code, document = run(*words, "--resume", launch=launch)
+    assert (code, asked) == (0, [FORWARD, TRAINING, TRAINING])
+    assert document["results"][0] == first["results"][0]
+    assert [result["case"] for result in document["results"]] == [FORWARD, TRAINING]
+    run(*words, "--provider", "eager", "--resume", launch=launch)  # another setting
+    assert asked[3:] == [FORWARD, TRAINING]
+
+
 def test_a_busy_machine_is_told() -> None:
     assert "3.0 on 2 cores" in provenance.busy({"load_average": 3.0, "cores": 2})
     assert not provenance.busy({"load_average": 0.3, "cores": 2})
