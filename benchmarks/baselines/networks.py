@@ -24,6 +24,7 @@ class Network:
             FLOP); None where nothing is known.
         differentiates: its output is a gradient, so a forward also runs a backward; `gflop` is the forward's.
         note: what a reader of the table has to know.
+        smoke: edge of the smallest input that tests run.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Network:
     gflop: float | None
     differentiates: bool = False
     note: str = ""
+    smoke: int = 32
 
     def inputs(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """(x, t, y) for `build`'s module, on the default device."""
@@ -117,7 +119,7 @@ NETWORKS: dict[str, Network] = {
     "ADM-256": Network("ADM 256, UNet", _adm(256, 256, _ADM256), _IMAGE, 553.8e6, 2239.7),
     "ADM-classifier": Network(
         "ADM 256, guidance classifier with its input gradient", _classifier, _IMAGE, 54.1e6, 146.7,
-        differentiates=True,
+        differentiates=True, smoke=256,
     ),
     "ADM-512": Network(
         "ADM 512, UNet", _adm(512, 256, (0.5, 1, 1, 2, 2, 4, 4)), (3, 512, 512), 559.0e6, 3964.7,
@@ -129,7 +131,7 @@ NETWORKS: dict[str, Network] = {
     },
     "DiT-XL/2": Network("DiT-XL/2", _dit(28, 72), (4, 32, 32), 675.1e6, 237.2),
     "SiT-L/2": Network("SiT-L/2", _dit(24, 64), (4, 32, 32), 458.1e6, 161.4),
-    "VAE-decoder": Network("SD-VAE decoder", _vae, (4, 32, 32), 49.5e6, 622.2),
+    "VAE-decoder": Network("SD-VAE decoder", _vae, (4, 32, 32), 49.5e6, 622.2, smoke=8),
     "VAE-decoder-512": Network("SD-VAE decoder, 512 px", _vae, (4, 64, 64), 49.5e6, 2514.5),
     "RDM-1": Network(
         "RDM stage 1, UNet at 64 px", _adm(64, 192, (1, 2, 3, 4), layers=3, out=3), (3, 64, 64), None, None,

@@ -92,7 +92,7 @@ def _say(text: str) -> None:
 def inputs(job: Job, name: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     network = NETWORKS[name]
     if job.smoke:
-        network = dataclasses.replace(network, shape=(network.shape[0], 32, 32))
+        network = dataclasses.replace(network, shape=(network.shape[0], network.smoke, network.smoke))
     with torch.device(job.device):
         return network.inputs(batch, getattr(torch, job.dtype))
 
