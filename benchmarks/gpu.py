@@ -55,7 +55,7 @@ def _cases() -> list[Case]:
             ("few-bf16", NeuralFieldMLP(), {**_HEAD, "N": 64}, torch.bfloat16),
             ("weights-bf16", NormalizeWeights(), {"N": 16384, "D1": 64, "D2": 128}, torch.bfloat16),
         ):
-            cases.append(Case(f"{name}-{end}", op, training, shape, {**shape, "N": 8}, dtype))  # type: ignore[arg-type]
+            cases.append(Case(f"{name}-{end}", op, training, shape, {**shape, "N": 16}, dtype))  # type: ignore[arg-type]
         for name, op, shape, small in (
             ("decoder-xl-bf16", PixelDecoder(), _XL, {"B": 2, "H": 64}),
             ("decoder-xl-saving-bf16", PixelDecoder(save_weights=True), _XL, {"B": 2, "H": 64}),
@@ -102,7 +102,7 @@ def made(case: Case, shape: Shape, device: torch.device) -> dict[str, Tensor]:
 
 
 def wrong(case: Case, provider: str, device: torch.device) -> str:
-    """What is wrong with a provider's results on eight patches of the case's shape, or an empty string."""
+    """What is wrong with a provider's results on a few patches of the case's shape, or an empty string."""
     tensors = made(case, case.smoke, device)
     function = call(case, PROVIDERS[provider].prepare(case, case.smoke), tensors)
     errors = Truth(case, case.smoke, tensors).errors(function())

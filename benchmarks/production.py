@@ -92,7 +92,7 @@ def _encoding(height: int, width: int, count: int, kind: str) -> Callable[[], ob
 def _decoder(
     patches: int, size: int, blocks: int, d1: int, d2: int, dtype: torch.dtype, gated: bool = False
 ) -> Callable[[], object]:
-    """The decoder's own kernel, on a chunk of patches of one image; its backward launches the field's."""
+    """Forward and backward of the decoder on a chunk of patches of one image, with every gradient."""
 
     def run() -> None:
         from pixnerd_kernels.ops.pixel_decoder.chunks import AUTO, Call
@@ -108,7 +108,10 @@ def _decoder(
             (size, size), "dct", 8, (1.0, 1.0), gated, (True, True, True), "silu", 1e-6, 1e-12, AUTO,
         )  # fmt: skip
         generated = _empty(blocks, patches, rows, dtype=dtype)
-        triton.forward(call, generated, 0, _empty(1, call.out_channels, patches * size, size, dtype=dtype))
+        out = _empty(1, call.out_channels, patches * size, size, dtype=dtype)
+        triton.forward(call, generated, 0, out)
+        sums = _empty(sum(torch.Size(shape).numel() for _, shape in call.sums()), dtype=torch.float64)
+        triton.backward(call, generated, 0, out, image, generated, sums)
 
     return run
 

@@ -71,7 +71,8 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(launch.kernel.params):
         value, divisible = launch.arguments[parameter.name], False
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        specialized = not parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and specialized):
             kind = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -79,7 +80,7 @@ def compile_launch(launch: Launch, target: Target) -> Any:
         elif isinstance(value, float):
             kind = "fp32"
         else:
-            kind, divisible = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
+            kind, divisible = "i32" if abs(value) < 2**31 else "i64", specialized and value % 16 == 0
         signature[parameter.name] = kind
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]

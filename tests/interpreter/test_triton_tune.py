@@ -20,25 +20,34 @@ def test_the_fastest_right_plan_is_written_down(monkeypatch, tmp_path):
         return {"plan": [milliseconds.get(current[-1], 3.0)] * rounds}
 
     current = []
-    right = tune.is_right
-    monkeypatch.setattr(tune, "plans", lambda case, shape: [slow, faulty, fast])
+    wrong = tune.problem_with
+    monkeypatch.setattr(tune, "plans", lambda problem: [slow, faulty, fast])
     monkeypatch.setattr(
-        tune, "is_right", lambda case, plan, device: plan != faulty and right(case, plan, device)
+        tune,
+        "problem_with",
+        lambda case, plan, device: "off" if plan == faulty else wrong(case, plan, device),
     )
     monkeypatch.setattr(tune, "milliseconds", timed)
     monkeypatch.setattr(tune, "_under", lambda plan, function: current.append(plan) or under(plan, function))
     monkeypatch.setattr(policy, "TUNED", tmp_path / "tuned.json")
-    for name in ("odd-bf16-forward", "odd-bf16-training"):
+    decoder = {"B": 1, "H": 10, "P": 5, "D": 9, "D1": 12, "D2": 24}
+    names = ("odd-bf16-forward", "odd-bf16-training", "decoder-xl-bf16-forward", "decoder-xl-bf16-training")
+    for name in names:
         case = gpu.CASES[name]
-        case = replace(case, shape={**case.shape, "N": 2}, smoke={**case.smoke, "N": 2})
+        small = decoder if "decoder" in name else {"N": 2}
+        case = replace(case, shape={**case.shape, **small}, smoke={**case.smoke, **small})
         with use_backend("triton"):
             told = tune.tune(case, 2, torch.device("cpu"))
         assert told["plan"] == fast.entry()
         assert told["ms"] == 1.0
         assert told["before_ms"] == 3.0
+        assert [entry["reason"] for entry in told["refused"]] == ["off"]
+        assert len(told["plans"]) == 3
     entries = json.loads((tmp_path / "tuned.json").read_text())["interpreter"]
     assert sorted(entries) == [
         "backward plain bfloat16 S=20 D1=12 D2=24",
+        "decoder backward plain bfloat16 S=25 D1=12 D2=24",
+        "decoder forward plain bfloat16 S=25 D1=12 D2=24",
         "forward plain bfloat16 S=20 D1=12 D2=24",
     ]
     problem = policy.Problem(True, False, torch.bfloat16, 7, 20, 12, 24)
@@ -47,8 +56,7 @@ def test_the_fastest_right_plan_is_written_down(monkeypatch, tmp_path):
 
 
 def test_candidates_are_valid():
-    case = gpu.CASES["plain-bf16-forward"]
-    plans = list(tune.plans(case, case.shape))
+    plans = list(tune.plans(tune.problem_of(gpu.CASES["plain-bf16-forward"])))
     assert len(plans) == len(set(plans)) > 20
     assert all(16 <= plan.tile <= 256 and plan.piece * plan.pieces <= 128 for plan in plans)
     assert policy.choose(

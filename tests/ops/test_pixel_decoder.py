@@ -44,10 +44,10 @@ def test_every_chunking(any_isa, case, patches, save_weights, dtype):
     if any_isa.compiled:
         runs = {1: 6, 3: 2, 4: 2, None: 1}[patches]
         assert any_isa.calls["pixel_decoder_forward"] == runs
-        if any_isa.name == "triton":  # which goes back block by block
-            assert any_isa.calls["neural_field_mlp_backward"] == runs * case.blocks
-        else:
-            assert any_isa.calls["pixel_decoder_backward"] == runs
+        assert any_isa.calls["pixel_decoder_backward"] == runs
+        if (
+            any_isa.name != "triton"
+        ):  # where the generators' products are torch's, whose sums depend on the rows
             whole = results(functools.partial(decode, case, workspace=None), tensors, upstream)
             for name in ("y", "image", "hidden"):
                 assert torch.equal(out[name], whole[name]), name

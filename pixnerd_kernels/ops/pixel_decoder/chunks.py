@@ -34,6 +34,18 @@ DEFAULT_WORKSPACE = 64 << 20
 
 
 @dataclass(frozen=True)
+class Small:
+    """The parameters that all patches share as kernels take them: dense, in the dtype computed in."""
+
+    pixel_weight: Tensor  # [C, D1]
+    table: Tensor  # [S, D1]
+    norms: Tensor  # [blocks, D1]
+    final_norm: Tensor | None  # [D1]
+    linear_weight: Tensor | None  # [C_out, D1]
+    linear_bias: Tensor | None  # [C_out]
+
+
+@dataclass(frozen=True)
 class Call:
     """The op's arguments, checked, with what follows from them."""
 
@@ -105,6 +117,22 @@ class Call:
         weight = self.embed_weight[:, self.image.shape[1] :].to(self.positions.dtype)
         bias = None if self.embed_bias is None else self.embed_bias.to(weight.dtype)
         return F.linear(self.positions, weight, bias)
+
+    @functools.cached_property
+    def small(self) -> Small:
+        dtype = compute_dtype(self.image.dtype)
+        final_norm, linear_weight, linear_bias = (
+            None if tensor is None else tensor.to(dtype).contiguous()
+            for tensor in (self.final_norm, self.linear_weight, self.linear_bias)
+        )
+        return Small(
+            self.pixel_weight.to(dtype).mT.contiguous(),
+            self.table.contiguous(),
+            torch.stack([norm.to(dtype) for norm in self.norms]),
+            final_norm,
+            linear_weight,
+            linear_bias,
+        )
 
     def sums(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and shape of the gradients that are summed over all patches, in the order of their memory."""

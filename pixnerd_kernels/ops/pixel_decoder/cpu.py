@@ -72,21 +72,11 @@ def _generated(generated: Tensor | None) -> Strided:
     return ABSENT if generated is None else strided(generated)
 
 
-def _decoder(call: Call, generated: Tensor, first: int) -> tuple[Any, list[Tensor]]:
-    """The core's description of a run of patches, and the tensors that must outlive it."""
-    compute = compute_dtype(call.image.dtype)
-
-    def dense(tensor: Tensor | None) -> Tensor:
-        return torch.empty(0) if tensor is None else tensor.to(compute).contiguous()
-
-    alive = [
-        dense(call.pixel_weight.mT),
-        dense(call.table),
-        dense(torch.stack(list(call.norms))),
-        dense(call.final_norm),
-        dense(None if call.linear_weight is None else call.linear_weight.mT),
-        dense(call.linear_bias),
-    ]
+def _decoder(call: Call, generated: Tensor, first: int) -> tuple[Any, Tensor | None]:
+    """The core's description of a run of patches, and beside call's the tensor that must outlive it."""
+    small = call.small
+    linear_weight = None if small.linear_weight is None else small.linear_weight.mT.contiguous()
+    dense = [small.pixel_weight, small.table, small.norms, small.final_norm, linear_weight, small.linear_bias]
     decoder = native().PixelDecoder(
         first=first,
         count=generated.shape[1],
@@ -103,9 +93,9 @@ def _decoder(call: Call, generated: Tensor, first: int) -> tuple[Any, list[Tenso
         threads=torch.get_num_threads(),
         image=_planes(call.image),
         generated=_generated(generated),
-        dense=[tensor.data_ptr() if tensor.numel() else 0 for tensor in alive],
+        dense=[0 if tensor is None else tensor.data_ptr() for tensor in dense],
     )
-    return decoder, alive
+    return decoder, linear_weight
 
 
 def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:

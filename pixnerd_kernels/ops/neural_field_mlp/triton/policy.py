@@ -1,4 +1,4 @@
-"""Launch policy of `neural_field_mlp`: tiles, pieces and warps by shape and GPU.
+"""Launch policy of the neural field, alone and in the pixel decoder: tiles, pieces and warps by shape and GPU.
 
 On sm_90 a product whose result feeds another uses wgmma only with 16 rows for each warp. The forward therefore takes 64
 pixels and 4 warps, so that several patches share a processor; the backward keeps its weight gradients in registers,
@@ -35,6 +35,7 @@ class Problem:
     pixels: int
     channels: int
     hidden: int
+    decoder: bool = False  # the block is one of a whole decoder's
 
     @staticmethod
     def of(x: Tensor, hidden: int, gated: bool, training: bool) -> Problem:
@@ -47,7 +48,8 @@ class Problem:
         name = "backward" if self.training else "forward"
         form = "gated" if self.gated else "plain"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{name} {form} {dtype} S={self.pixels} D1={self.channels} D2={self.hidden}"
+        own = "decoder " if self.decoder else ""
+        return f"{own}{name} {form} {dtype} S={self.pixels} D1={self.channels} D2={self.hidden}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Plan:
 
     def programs(self, problem: Problem, target: Target) -> int:
         """Programs of the backward: one for each patch, or as many as run at once where each needs scratch."""
-        if self.chunks(problem) == 1:
+        if self.chunks(problem) == 1 and not problem.decoder:
             return problem.patches
         return min(problem.patches, target.processors * max(1, 8 // self.warps))
 
@@ -108,10 +110,12 @@ def _forward(problem: Problem, target: Target) -> Plan:
 
 def _backward(problem: Problem, target: Target) -> Plan:
     c, wide = padded(problem.channels), problem.dtype == torch.float32
-    room = (_SUMS // 2 if wide or target.backend == "hip" else _SUMS) // (4 * c * (3 if problem.gated else 2))
+    # On sm_80 the decoder's backward would spill with all of its sums.
+    tight = wide or target.backend == "hip" or (problem.decoder and 0 < _arch(target) < 90)
+    room = (_SUMS // 2 if tight else _SUMS) // (4 * c * (3 if problem.gated else 2))
     piece = _piece(problem.hidden, max(16, min(128, 1 << (room.bit_length() - 1))))
     pieces = min(math.ceil(problem.hidden / piece), max(1, room // piece))
-    tile = 64 if _arch(target) >= 100 and not wide and not problem.gated else 32
+    tile = 64 if _arch(target) >= 100 and not (wide or problem.gated or problem.decoder) else 32
     tile = _tile(problem, target, tile if c <= 128 and target.backend != "hip" else 16)
     return Plan(tile, piece, pieces, warps=8 if c * piece * pieces >= 2048 else 4)
 

@@ -1,0 +1,113 @@
+"""Launches the Triton kernels of `pixel_decoder`: one for a chunk's patches forward, one backward.
+
+Products with the generators are torch's. Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from pixnerd_kernels.ops.gpu.launch import Target, emulates, launch, padded, precision, target_of
+from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose
+from pixnerd_kernels.ops.pixel_decoder.chunks import Call
+from pixnerd_kernels.ops.pixel_decoder.reference import generate, hidden_gradient, weight_gradient
+from pixnerd_kernels.ops.pixel_decoder.triton import kernels
+
+__all__ = ["backward", "forward", "generate", "hidden_gradient", "weight_gradient"]
+
+#: Bytes of scratch that the backward may take, unless one patch needs more.
+_SCRATCH = 64 << 20
+
+
+def _plan(call: Call, generated: Tensor, training: bool) -> tuple[Problem, Plan, Target]:
+    count, (height, width) = generated.shape[1], call.patch
+    problem = Problem(
+        training, call.gated, generated.dtype, count, height * width, call.channels, call.field_hidden, decoder=True
+    )  # fmt: skip
+    target = target_of(call.image.device)
+    return problem, choose(problem, target), target
+
+
+def _arguments(call: Call, generated: Tensor, first: int, plan: Plan, target: Target) -> dict[str, Any]:
+    """What both kernels take. An absent tensor is stood in for by another, which is not read."""
+    height, width = call.patch
+    rows, columns = call.grid
+    small = call.small
+    absent = small.pixel_weight
+    strides = zip(("batch", "plane", "row", "column"), call.image.stride(), strict=True)
+    return {
+        "image": call.image, "generated": generated, "first": first, "norms": small.norms,
+        "final_norm": absent if small.final_norm is None else small.final_norm,
+        "pixel_weight": small.pixel_weight, "table": small.table,
+        "linear_weight": absent if small.linear_weight is None else small.linear_weight,
+        **{f"image_{name}": stride for name, stride in strides},
+        "generated_block": generated.stride(0), "generated_patch": generated.stride(1),
+        "rows_of_patches": rows, "columns_of_patches": columns,
+        "norm_eps": call.norm_eps, "weight_eps": call.weight_eps,
+        "HEIGHT": height, "WIDTH": width, "INPUTS": call.image.shape[1], "OUTPUTS": call.out_channels,
+        "BLOCKS": generated.shape[0], "CHANNELS": call.channels, "HIDDEN": call.field_hidden,
+        "TILE": plan.tile, "BLOCK_C": padded(call.channels), "PIECE": plan.piece, "PIECES": plan.pieces,
+        "GATED": call.gated, "UNIT1": call.normalize[0], "UNIT2": call.normalize[1], "UNIT_GATE": call.normalize[2],
+        "FINAL_NORM": small.final_norm is not None, "LINEAR": small.linear_weight is not None,
+        "ACTIVATION": call.activation, "FAST": target.fast_tanh and generated.dtype != torch.float32,
+        "PRECISION": precision(generated.dtype, target), "EMULATE": emulates(generated.dtype),
+    }  # fmt: skip
+
+
+def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
+    """Write the pixels of the patches in `out` [B, C_out, H, W]."""
+    problem, plan, target = _plan(call, generated, training=False)
+    bias = call.small.linear_bias
+    launch(
+        kernels.pixel_decoder_forward, (problem.patches, triton.cdiv(problem.pixels, plan.tile)),
+        out.device, plan.options,
+        **_arguments(call, generated, first, plan, target),
+        linear_bias=call.small.pixel_weight if bias is None else bias, BIAS=bias is not None,
+        out=out, out_plane=out.stride(1),
+    )  # fmt: skip
+
+
+def backward(
+    call: Call,
+    generated: Tensor,
+    first: int,
+    grad: Tensor,
+    d_image: Tensor | None,
+    d_generated: Tensor | None,
+    sums: Tensor | None,
+) -> None:
+    """Gradients of a chunk. d_generated may be `generated` itself."""
+    problem, plan, target = _plan(call, generated, training=True)
+    blocks, count, _ = generated.shape
+    block_c, chunks = padded(problem.channels), plan.chunks(problem)
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": grad.device}
+    place = problem.pixels * problem.channels
+    waiting = chunks * plan.piece * plan.pieces * block_c if chunks > 1 else 0
+    own_bytes = place * ((blocks + 2) * generated.element_size() + 4) + 4 * (
+        waiting and waiting + problem.pixels * block_c
+    )
+    programs = max(1, min(plan.programs(problem, target), _SCRATCH // own_bytes))
+    shapes = [torch.Size(shape).numel() for _, shape in call.sums()]
+    partial = torch.empty(count, sum(shapes[1:]), **wide)
+    table_sum = torch.zeros(programs if sums is not None else 0, place, **wide)
+    strides = zip(("batch", "plane", "row", "column"), grad.stride(), strict=True)
+    targets = generated if d_generated is None else d_generated
+    launch(
+        kernels.pixel_decoder_backward, (programs,), grad.device, plan.options,
+        **_arguments(call, generated, first, plan, target),
+        grad=grad, **{f"grad_{name}": stride for name, stride in strides},
+        d_image=call.image if d_image is None else d_image, d_generated=targets,
+        d_generated_block=targets.stride(0), d_generated_patch=targets.stride(1),
+        table_sum=table_sum, partial=partial, patches=count,
+        scratch=torch.empty(programs, blocks + 2, place, dtype=generated.dtype, device=grad.device),
+        scratch_x=torch.empty(programs if waiting else 0, problem.pixels * block_c, **wide),
+        scratch_2=torch.empty(programs if waiting else 0, waiting, **wide),
+        NEED_IMAGE=d_image is not None, NEED_WEIGHTS=d_generated is not None, NEED_SHARED=sums is not None,
+    )  # fmt: skip
+    if sums is not None:
+        sums[: shapes[0]] += table_sum.sum(0, dtype=sums.dtype)
+        sums[shapes[0] :] += partial.sum(0, dtype=sums.dtype)

@@ -1,0 +1,352 @@
+"""The Triton kernels of the pixel decoder, made of the neural-field block's.
+
+Forward: a program takes a tile of one patch's pixels through embedding, every block and the output layer. Between
+blocks the activations stay on chip in float32, and the image is read and written in place. The generated weights are
+read once for each tile of the patch.
+
+Backward: a program owns every num_programs-th patch. What a patch's blocks hand to each other waits in the program's
+own scratch, small enough for the cache: the forward runs again, block by block, and keeps what came before each block;
+the way back reads it and leaves its own gradients in the places that fall free. A block's weights are read once on the
+way there, and on the way back as `neural_field_mlp`'s backward does; every gradient is stored once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pixnerd_kernels.ops.gpu.pieces import (
+    inverse_norm,
+    load_tile,
+    narrow,
+    rms_norm,
+    rms_norm_grad,
+    store_tile,
+)
+from pixnerd_kernels.ops.neural_field_mlp.triton.kernels import backward_patch, forward_patch
+from pixnerd_kernels.ops.neural_field_mlp.triton.parts import (
+    add_products,
+    field_input,
+    load_norm,
+    load_weights,
+)
+
+
+@triton.jit
+def embed_pixels(
+    image, plane, places, rows, pixels, channels, pixel_weight, table,
+    INPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """pixel @ pixel_weight + table for a tile of pixels, [T, C] in float32; zeros beyond pixels and CHANNELS.
+
+    pixel_weight [INPUTS, CHANNELS] and table [pixels, CHANNELS] in float32.
+    """
+    inside = (rows[:, None] < pixels) & (channels[None, :] < CHANNELS)
+    x = tl.load(table + rows[:, None] * CHANNELS + channels[None, :], mask=inside, other=0.0)
+    # Pointers move on: a product of 32-bit numbers would overflow in a large image.
+    for _ in range(INPUTS):
+        pixel = tl.load(image + places, mask=rows < pixels, other=0.0).to(tl.float32)
+        row = tl.load(pixel_weight + channels, mask=channels < CHANNELS, other=0.0)
+        x += pixel[:, None] * row[None, :]
+        image += plane
+        pixel_weight += CHANNELS
+    return x
+
+
+@triton.jit
+def add_block(
+    x, live, generated, norm_weight, norm_eps, weight_eps, channels,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    GATED: tl.constexpr, UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
+    ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """x [T, C] in float32 plus a neural-field block of it; generated holds w_gate (where GATED), w1 and w2 in turn."""
+    NARROW: tl.constexpr = generated.dtype.element_ty
+    FIRST: tl.constexpr = CHANNELS * HIDDEN if GATED else 0
+    weight = load_norm(norm_weight, 1, channels, True, CHANNELS)
+    n, _ = field_input(x, live, norm_eps, True, CHANNELS, NARROW, EMULATE)
+    out = tl.zeros([x.shape[0], BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(0, HIDDEN, PIECE * PIECES):
+        scaled1, scaled_gate, raw2, part = load_weights(
+            generated + FIRST, generated + FIRST + CHANNELS * HIDDEN, generated, HIDDEN, CHANNELS, HIDDEN,
+            weight, weight_eps, first, True, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
+        )  # fmt: skip
+        squares += part
+        out = add_products(
+            out, n, scaled1, scaled_gate, raw2, PIECES, GATED, ACTIVATION, FAST, PRECISION, NARROW, EMULATE
+        )
+    if UNIT2:
+        out *= inverse_norm(squares, weight_eps)[None, :]
+    return x + out
+
+
+# Where a chunk begins and how an image is cut are no reason to compile again.
+@triton.jit(do_not_specialize=["first", "rows_of_patches", "columns_of_patches"])
+def pixel_decoder_forward(
+    image, generated, norms, final_norm, pixel_weight, table, linear_weight, linear_bias, out,
+    first, image_batch, image_plane, image_row, image_column, generated_block, generated_patch, out_plane,
+    rows_of_patches, columns_of_patches, norm_eps, weight_eps,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCKS: tl.constexpr,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    GATED: tl.constexpr, UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
+    FINAL_NORM: tl.constexpr, LINEAR: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Tile program_id(1) of patch first + program_id(0): out's pixels, or its CHANNELS features without LINEAR."""
+    pixels: tl.constexpr = HEIGHT * WIDTH
+    patch = first + tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    channels = tl.arange(0, BLOCK_C)
+    live = rows < pixels
+    batch = patch // (rows_of_patches * columns_of_patches)
+    y = (patch // columns_of_patches % rows_of_patches) * HEIGHT + rows // WIDTH
+    column = (patch % columns_of_patches) * WIDTH + rows % WIDTH
+    x = embed_pixels(
+        image + batch * image_batch, image_plane, y * image_row + column * image_column,
+        rows, pixels, channels, pixel_weight, table, INPUTS, CHANNELS,
+    )  # fmt: skip
+    generated += tl.program_id(0).to(tl.int64) * generated_patch
+    for _ in range(BLOCKS):
+        x = add_block(
+            x, live, generated, norms, norm_eps, weight_eps, channels,
+            CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, GATED, UNIT1, UNIT2, UNIT_GATE,
+            ACTIVATION, FAST, PRECISION, EMULATE,
+        )  # fmt: skip
+        generated += generated_block
+        norms += CHANNELS
+    if FINAL_NORM:
+        x, _ = rms_norm(x, live, norm_eps, CHANNELS)
+        x *= load_norm(final_norm, 1, channels, True, CHANNELS)[None, :]
+    places = y * (columns_of_patches * WIDTH) + column
+    if LINEAR:
+        out += batch * OUTPUTS * out_plane
+        for c in range(OUTPUTS):
+            row = tl.load(linear_weight + c * CHANNELS + channels, mask=channels < CHANNELS, other=0.0)
+            value = tl.sum(x * row[None, :], 1)
+            if BIAS:
+                value += tl.load(linear_bias + c)
+            tl.store(out + places, narrow(value, out.dtype.element_ty, EMULATE), mask=live)
+            out += out_plane
+    else:
+        out += batch * CHANNELS * out_plane
+        inside = live[:, None] & (channels[None, :] < CHANNELS)
+        at = out + channels[None, :].to(tl.int64) * out_plane + places[:, None]
+        tl.store(at, narrow(x, out.dtype.element_ty, EMULATE), mask=inside)
+
+
+@triton.jit
+def embed_patch(
+    image, image_plane, image_row, image_column, pixel_weight, table, target, channels,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The embedding of one patch's pixels into target [pixels, CHANNELS]; image points to its first pixel."""
+    pixels: tl.constexpr = HEIGHT * WIDTH
+    for start in range(0, pixels, TILE):
+        rows = start + tl.arange(0, TILE)
+        places = (rows // WIDTH).to(tl.int64) * image_row + (rows % WIDTH) * image_column
+        x = embed_pixels(
+            image, image_plane, places, rows, pixels, channels, pixel_weight, table, INPUTS, CHANNELS
+        )
+        store_tile(target, rows, CHANNELS, channels, pixels, CHANNELS, x, EMULATE)
+
+
+@triton.jit
+def output_patch_grad(
+    last, grad, grad_plane, grad_row, grad_column, final_norm, linear_weight, target, partial, channels, norm_eps,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, FINAL_NORM: tl.constexpr, LINEAR: tl.constexpr,
+    NEED_SHARED: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Back through the output layer: from grad, at the patch's first pixel, to target [pixels, CHANNELS].
+
+    last [pixels, CHANNELS] is what left the last block. The patch's part of the gradients of final_norm, linear_weight
+    and linear_bias goes to partial, one after the other.
+    """
+    pixels: tl.constexpr = HEIGHT * WIDTH
+    weight = load_norm(final_norm, 1, channels, FINAL_NORM, CHANNELS)
+    sum_norm = tl.zeros([BLOCK_C], tl.float32)
+    sum_weight = ()
+    sum_bias = ()
+    if LINEAR:
+        for _ in tl.static_range(OUTPUTS):
+            sum_weight = sum_weight + (tl.zeros([BLOCK_C], tl.float32),)
+            sum_bias = sum_bias + (tl.zeros([TILE], tl.float32),)
+    for start in range(0, pixels, TILE):
+        rows = start + tl.arange(0, TILE)
+        live = rows < pixels
+        at = grad + (rows // WIDTH).to(tl.int64) * grad_row + (rows % WIDTH) * grad_column
+        unit = load_tile(last, rows, CHANNELS, channels, pixels, CHANNELS).to(tl.float32)
+        if FINAL_NORM:
+            unit, r = rms_norm(unit, live, norm_eps, CHANNELS)
+        if LINEAR:
+            d_unit = tl.zeros([TILE, BLOCK_C], tl.float32)
+            next_weight = ()
+            next_bias = ()
+            for c in tl.static_range(OUTPUTS):
+                g = tl.load(at, mask=live, other=0.0).to(tl.float32)
+                at += grad_plane
+                row = tl.load(linear_weight + c * CHANNELS + channels, mask=channels < CHANNELS, other=0.0)
+                d_unit += g[:, None] * row[None, :]
+                next_weight = next_weight + (sum_weight[c] + tl.sum(g[:, None] * unit, 0),)
+                next_bias = next_bias + (sum_bias[c] + g,)
+            sum_weight = next_weight
+            sum_bias = next_bias
+        else:
+            inside = live[:, None] & (channels[None, :] < CHANNELS)
+            planes = channels[None, :].to(tl.int64) * grad_plane
+            d_unit = tl.load(at[:, None] + planes, mask=inside, other=0.0).to(tl.float32)
+        if FINAL_NORM:
+            sum_norm += tl.sum(d_unit * unit, 0)
+            d_unit = rms_norm_grad(d_unit * weight[None, :], unit, r, CHANNELS)
+        store_tile(target, rows, CHANNELS, channels, pixels, CHANNELS, d_unit, EMULATE)
+    if NEED_SHARED:
+        live_channels = channels < CHANNELS
+        tl.store(partial + channels, sum_norm, mask=live_channels)
+        if LINEAR:
+            for c in tl.static_range(OUTPUTS):
+                partial += CHANNELS
+                tl.store(partial + channels, sum_weight[c] * weight, mask=live_channels)
+            partial += CHANNELS
+            for c in tl.static_range(OUTPUTS):
+                tl.store(partial + c, tl.sum(sum_bias[c], 0))
+
+
+@triton.jit
+def input_patch_grad(
+    dx, image, image_plane, image_row, image_column, pixel_weight, d_image, d_image_plane, d_image_row,
+    table_sum, partial, channels,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, NEED_IMAGE: tl.constexpr, NEED_SHARED: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Back through the embedding: from dx [pixels, CHANNELS] to the image, whose pointers are at its first pixel.
+
+    The gradient of the table is added to table_sum [pixels, CHANNELS]; the patch's part of that of pixel_weight goes to
+    partial [INPUTS, CHANNELS].
+    """
+    pixels: tl.constexpr = HEIGHT * WIDTH
+    sums = ()
+    for _ in tl.static_range(INPUTS):
+        sums = sums + (tl.zeros([BLOCK_C], tl.float32),)
+    for start in range(0, pixels, TILE):
+        rows = start + tl.arange(0, TILE)
+        live = rows < pixels
+        d_embedded = load_tile(dx, rows, CHANNELS, channels, pixels, CHANNELS).to(tl.float32)
+        if NEED_SHARED:
+            inside = live[:, None] & (channels[None, :] < CHANNELS)
+            total = table_sum + rows[:, None] * CHANNELS + channels[None, :]
+            tl.store(total, tl.load(total, mask=inside, other=0.0) + d_embedded, mask=inside)
+            at = image + (rows // WIDTH).to(tl.int64) * image_row + (rows % WIDTH) * image_column
+            next_sums = ()
+            for c in tl.static_range(INPUTS):
+                pixel = tl.load(at, mask=live, other=0.0)
+                at += image_plane
+                next_sums = next_sums + (sums[c] + tl.sum(pixel.to(tl.float32)[:, None] * d_embedded, 0),)
+            sums = next_sums
+        if NEED_IMAGE:
+            to = d_image + (rows // WIDTH).to(tl.int64) * d_image_row + rows % WIDTH
+            for c in tl.static_range(INPUTS):
+                row = tl.load(pixel_weight + c * CHANNELS + channels, mask=channels < CHANNELS, other=0.0)
+                d_pixel = narrow(tl.sum(d_embedded * row[None, :], 1), d_image.dtype.element_ty, EMULATE)
+                tl.store(to, d_pixel, mask=live)
+                to += d_image_plane
+    if NEED_SHARED:
+        for c in tl.static_range(INPUTS):
+            tl.store(partial + c * CHANNELS + channels, sums[c], mask=channels < CHANNELS)
+
+
+@triton.jit(do_not_specialize=["first", "patches", "rows_of_patches", "columns_of_patches"])
+def pixel_decoder_backward(
+    image, generated, grad, norms, final_norm, pixel_weight, table, linear_weight,
+    d_image, d_generated, table_sum, partial, scratch, scratch_x, scratch_2,
+    first, patches, image_batch, image_plane, image_row, image_column, grad_batch, grad_plane, grad_row, grad_column,
+    generated_block, generated_patch, d_generated_block, d_generated_patch,
+    rows_of_patches, columns_of_patches, norm_eps, weight_eps,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCKS: tl.constexpr,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    GATED: tl.constexpr, UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
+    FINAL_NORM: tl.constexpr, LINEAR: tl.constexpr,
+    ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    NEED_IMAGE: tl.constexpr, NEED_WEIGHTS: tl.constexpr, NEED_SHARED: tl.constexpr,
+):  # fmt: skip
+    """Every gradient of patches first + program_id(0), first + program_id(0) + num_programs(0), ...
+
+    d_image [B, INPUTS, H, W] is dense; d_generated may be `generated` itself. partial [patches, ...] holds each patch's
+    part of the gradients of pixel_weight, norms, final_norm, linear_weight and linear_bias in turn, table_sum
+    [programs, pixels, CHANNELS] each program's of the table, zero before; both in float32.
+
+    A program's scratch has BLOCKS + 2 places [pixels, CHANNELS]: place k holds what enters block k, the last but one
+    what leaves the last block. The gradient of what leaves block k stands in place k + 2. scratch_x and scratch_2 are
+    `backward_patch`'s.
+    """
+    pixels: tl.constexpr = HEIGHT * WIDTH
+    PLACE: tl.constexpr = HEIGHT * WIDTH * CHANNELS
+    FIRST: tl.constexpr = CHANNELS * HIDDEN if GATED else 0
+    SECOND: tl.constexpr = FIRST + CHANNELS * HIDDEN
+    PADDED: tl.constexpr = (HIDDEN + PIECE * PIECES - 1) // (PIECE * PIECES) * (PIECE * PIECES)
+    WIDTH_OF_PARTIAL: tl.constexpr = (INPUTS + BLOCKS + 1) * CHANNELS + (
+        OUTPUTS * (CHANNELS + 1) if LINEAR else 0
+    )
+    channels = tl.arange(0, BLOCK_C)
+    patch = tl.program_id(0).to(tl.int64)
+    scratch += patch * ((BLOCKS + 2) * PLACE)
+    scratch_x += patch * (pixels * BLOCK_C)
+    scratch_2 += patch * (PADDED * BLOCK_C)
+    table_sum += patch * PLACE
+    image_width = columns_of_patches * WIDTH
+    image_height = rows_of_patches * HEIGHT
+    while patch < patches:
+        batch = (first + patch) // (rows_of_patches * columns_of_patches)
+        top = ((first + patch) // columns_of_patches % rows_of_patches) * HEIGHT
+        left = ((first + patch) % columns_of_patches) * WIDTH
+        own_image = image + batch * image_batch + top * image_row + left * image_column
+        own_partial = partial + patch * WIDTH_OF_PARTIAL
+        embed_patch(
+            own_image, image_plane, image_row, image_column, pixel_weight, table, scratch, channels,
+            HEIGHT, WIDTH, INPUTS, CHANNELS, TILE, EMULATE,
+        )  # fmt: skip
+        for block in range(BLOCKS):
+            # What one thread stored to scratch another may load.
+            tl.debug_barrier()
+            own = generated + block * generated_block + patch * generated_patch
+            forward_patch(
+                scratch + block * PLACE, own + FIRST, own + SECOND, own, scratch + (block + 1) * PLACE,
+                load_norm(norms + block * CHANNELS, 1, channels, True, CHANNELS), channels, pixels, 0, 1,
+                norm_eps, weight_eps, CHANNELS, HIDDEN, CHANNELS, HIDDEN, CHANNELS, HIDDEN,
+                TILE, BLOCK_C, PIECE, PIECES, GATED, True, UNIT1, UNIT2, UNIT_GATE,
+                ACTIVATION, True, FAST, PRECISION, EMULATE,
+            )  # fmt: skip
+        tl.debug_barrier()
+        output_patch_grad(
+            scratch + BLOCKS * PLACE, grad + batch * grad_batch + top * grad_row + left * grad_column,
+            grad_plane, grad_row, grad_column, final_norm, linear_weight, scratch + (BLOCKS + 1) * PLACE,
+            own_partial + (INPUTS + BLOCKS) * CHANNELS, channels, norm_eps,
+            HEIGHT, WIDTH, OUTPUTS, CHANNELS, TILE, BLOCK_C, FINAL_NORM, LINEAR, NEED_SHARED, EMULATE,
+        )  # fmt: skip
+        for step in range(BLOCKS):
+            tl.debug_barrier()
+            block = BLOCKS - 1 - step
+            own = generated + block * generated_block + patch * generated_patch
+            d_own = d_generated + block * d_generated_block + patch * d_generated_patch
+            backward_patch(
+                scratch + (block + 2) * PLACE, scratch + block * PLACE, own + FIRST, own + SECOND, own,
+                scratch + (block + 1) * PLACE, d_own + FIRST, d_own + SECOND, d_own,
+                own_partial + (INPUTS + block) * CHANNELS, scratch_x, scratch_2,
+                load_norm(norms + block * CHANNELS, 1, channels, True, CHANNELS), channels, pixels,
+                norm_eps, weight_eps, CHANNELS, CHANNELS, HIDDEN, CHANNELS, HIDDEN, HIDDEN, CHANNELS, HIDDEN,
+                CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, True, UNIT1, UNIT2, UNIT_GATE,
+                ACTIVATION, True, FAST, PRECISION, EMULATE, True, NEED_WEIGHTS,
+            )  # fmt: skip
+        tl.debug_barrier()
+        input_patch_grad(
+            scratch + PLACE, own_image, image_plane, image_row, image_column, pixel_weight,
+            d_image + (batch * INPUTS * image_height + top) * image_width + left,
+            image_height * image_width, image_width, table_sum, own_partial, channels,
+            HEIGHT, WIDTH, INPUTS, CHANNELS, TILE, BLOCK_C, NEED_IMAGE, NEED_SHARED, EMULATE,
+        )  # fmt: skip
+        tl.debug_barrier()
+        patch += tl.num_programs(0)
