@@ -216,6 +216,8 @@ def not_supported_reasons(
     return reasons
 
 
+# Cached: ops ask at every call, and nothing that the answer depends on changes while a process lives.
+@functools.cache
 def select(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> str:
     """The backend that runs `op` for these tensors: the forced one, or the best that can.
 

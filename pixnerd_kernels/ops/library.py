@@ -1,13 +1,24 @@
-"""The torch.library namespace that all ops share, and the one way an op is registered in it."""
+"""The torch.library namespace that all ops share, the one way an op is registered in it, and the short way to call it.
+
+A trip through PyTorch's dispatcher costs the host more than a kernel of moderate size runs, and a differentiable op
+takes three. Where nobody but the op itself would see the call (`plain`), its implementation is called directly.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 LIBRARY = torch.library.Library("pixnerd", "DEF")
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def register(schema: str, implementation: Callable, fake: Callable) -> None:
@@ -28,6 +39,107 @@ def register_autograd(name: str, apply: Callable) -> None:
     `torch.library.custom_op` with `register_autograd` does per call.
     """
     LIBRARY.impl(name, apply, "Autograd")
+
+
+def watched() -> bool:
+    """Whether a compiler, a mode, a transform, a tracer or a profiler wants to see which ops are called."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+        or (torch._C._len_torch_function_stack() and _function_modes())
+    )
+
+
+def _function_modes() -> bool:
+    """Whether there is any torch function mode but a default device, which concerns no op that takes tensors."""
+    stack = range(torch._C._len_torch_function_stack())
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in stack)
+
+
+def plain(*tensors: Any) -> tuple[Any, ...] | None:
+    """Shapes, dtypes and devices of tensors (None stays None), where a call with them does not need the dispatcher.
+
+    None where it does: somebody watches, or a tensor is no ordinary one (a subclass, sparse, meta or lazily negated).
+    """
+    if watched():
+        return None
+    found: list[Any] = []
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+        elif (
+            type(tensor) in _PLAIN
+            and tensor.layout is torch.strided
+            and not (tensor.is_neg() or tensor.is_meta)
+        ):
+            found += (tensor.shape, tensor.dtype, tensor.device)
+        else:
+            return None
+    return tuple(found)
+
+
+class Passed:
+    """Calls of a function that have passed its checks, by all that these depend on."""
+
+    def __init__(self) -> None:
+        self._calls: set[tuple[Any, ...]] = set()
+
+    def __contains__(self, call: tuple[Any, ...]) -> bool:
+        try:
+            return call in self._calls
+        except TypeError:  # not hashable: the checks will say so
+            return False
+
+    def add(self, call: tuple[Any, ...]) -> None:
+        if len(self._calls) >= 4096:  # shapes that never end must not fill the memory
+            self._calls.clear()
+        with contextlib.suppress(TypeError):
+            self._calls.add(call)
+
+
+def run(function: type[torch.autograd.Function], implementation: Callable, *args: Any) -> Any:
+    """The op of `plain` tensors: its implementation, below autograd where a gradient is wanted."""
+    if torch.is_grad_enabled():
+        for arg in args:
+            if type(arg) in _PLAIN and arg.requires_grad:
+                # Function.apply itself would only look for functorch's transforms: there are none.
+                return super(torch.autograd.Function, function).apply(*args, True)  # type: ignore[misc]
+    return implementation(*args)
+
+
+def below_autograd(name: str, implementation: Callable, direct: bool, *args: Any) -> Any:
+    """What a Function's forward computes: by the op's implementation if it was called by `run`, else by the op."""
+    if direct:
+        return implementation(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.pixnerd, name)(*args)
+
+
+def gradients(name: str, implementation: Callable, *args: Any) -> Any:
+    """What a Function's backward computes, by the op `name` or directly by its implementation."""
+    if not torch.is_grad_enabled() and not watched():
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and (type(arg) not in _PLAIN or arg.is_neg() or arg.is_meta):
+                break
+        else:
+            return implementation(*args)
+    return getattr(torch.ops.pixnerd, name)(*args)
+
+
+def wanted(found: Sequence[Any], needs: Sequence[bool]) -> tuple[Any, ...]:
+    """What a Function's backward returns: the gradients that are needed, and None for every other argument."""
+    kept = [gradient if need else None for gradient, need in zip(found, needs, strict=False)]
+    return (*kept, *(None,) * (len(needs) - len(kept)))
+
+
+@functools.cache
+def module(op: str, backend: str) -> Any:
+    """The module that runs an op on a backend."""
+    return importlib.import_module(f"pixnerd_kernels.ops.{op}.{backend}")
 
 
 class _OnceDifferentiable(torch.autograd.Function):

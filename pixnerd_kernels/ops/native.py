@@ -33,7 +33,7 @@ def fresh(tensor: Tensor) -> Tensor:
 
     A new block otherwise costs a page fault for every 4 KiB of it: a tenth to a quarter of an op's time.
     """
-    if tensor.nbytes >= _LARGE and tensor.device.type == "cpu":
+    if tensor.is_cpu and tensor.nbytes >= _LARGE:
         try:
             core = backends.native()
         except NotImplementedError:

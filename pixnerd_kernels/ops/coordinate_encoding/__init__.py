@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import FLOATS, Problems
-from pixnerd_kernels.ops.coordinate_encoding import reference
-from pixnerd_kernels.ops.library import register
+from pixnerd_kernels.ops.library import Passed, module, register, watched
+
+_passed = Passed()
 
 KINDS = ("dct", "dct_integer", "dct_paper", "dct_aligned", "rope", "sincos")
 
@@ -54,6 +55,27 @@ def coordinate_encoding(
         TypeError, ValueError: every problem with the arguments at once.
         NotImplementedError: a forced backend (`use_backend`) cannot run; lists every reason.
     """
+    call = (height, width, max_freqs, kind, scale, device, dtype)
+    direct = None if watched() else (*call, *map(type, call))
+    # Asked of a tensor: below the op torch has left the default device's scope, and torch.compile does not trace
+    # torch.get_default_device.
+    if direct is None or direct not in _passed:
+        where, factors = _check(height, width, max_freqs, kind, scale, device, dtype)
+        if direct is not None:
+            _passed.add(direct)
+    else:
+        where = torch.empty(0).device if device is None else torch.device(device)
+        factors = _factors(Problems(""), scale, kind)
+    forced = backends.forced_backend()
+    arguments = (height, width, max_freqs, kind, *factors, where, dtype, forced)
+    out: Tensor = (torch.ops.pixnerd.coordinate_encoding if direct is None else _forward)(*arguments)
+    return out
+
+
+def _check(
+    height: object, width: object, max_freqs: Any, kind: Any, scale: object, device: Any, dtype: object
+) -> tuple[torch.device, tuple[float, float]]:
+    """The device of the table, and the factors of x and y."""
     problems = Problems("coordinate_encoding")
     problems.count("height", height)
     problems.count("width", width)
@@ -65,16 +87,11 @@ def coordinate_encoding(
         problems.add_type("dtype", "torch.float32, float64, bfloat16 or float16", dtype)
     factors = _factors(problems, scale, kind)
     try:
-        # Asked of a tensor: below the op torch has left the default device's scope, and torch.compile does not
-        # trace torch.get_default_device.
         where = torch.empty(0).device if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         problems.add("device", f"a torch device ({str(error).splitlines()[0]})", device)
     problems.raise_if_any()
-    out: Tensor = torch.ops.pixnerd.coordinate_encoding(
-        height, width, max_freqs, kind, *factors, where, dtype, backends.forced_backend()
-    )
-    return out
+    return where, factors
 
 
 def _factors(problems: Problems, scale: object, kind: str) -> tuple[float, float]:
@@ -97,16 +114,7 @@ def _factors(problems: Problems, scale: object, kind: str) -> tuple[float, float
 
 
 def _forward(height, width, max_freqs, kind, scale_x, scale_y, device, dtype, forced):  # type: ignore[no-untyped-def]
-    backend: Any = reference
-    name = backends.select("coordinate_encoding", device, dtype, forced)
-    if name == "cpu":
-        from pixnerd_kernels.ops.coordinate_encoding import cpu
-
-        backend = cpu
-    elif name == "triton":
-        from pixnerd_kernels.ops.coordinate_encoding import triton
-
-        backend = triton
+    backend = module("coordinate_encoding", backends.select("coordinate_encoding", device, dtype, forced))
     return backend.forward(height, width, max_freqs, kind, scale_x, scale_y, device, dtype)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixnerd_kernels.ops.gpu.launch import Options, emulates, interpreting, launch
+from pixnerd_kernels.ops.gpu.launch import Options, ceil_div, emulates, interpreting, launch
 from pixnerd_kernels.ops.gpu.pieces import narrow
 
 #: Entries of a program; in the interpreter a program costs what its entries do not.
@@ -81,6 +81,9 @@ def narrow_once(value, NARROW: tl.constexpr, EMULATE: tl.constexpr):
         return narrow(bits.to(tl.float32, bitcast=True), NARROW, EMULATE)
 
 
+_OPTIONS = Options(4)
+
+
 def _bits(number: float) -> int:
     """A float64 as an integer: as a float argument it would be rounded to float32 on its way."""
     return int.from_bytes(struct.pack("=d", number), sys.byteorder)
@@ -100,7 +103,7 @@ def forward(
     out = torch.empty(height * width, max_freqs * max_freqs, dtype=dtype, device=device)
     block = _BLOCK_INTERPRETED if interpreting() else _BLOCK
     launch(
-        coordinate_encoding_table, (triton.cdiv(out.numel(), block),), out.device, Options(4),
+        coordinate_encoding_table, (ceil_div(out.numel(), block),), out.device, _OPTIONS,
         out=out, entries=out.numel(), height=height, width=width,
         end_x=_bits(width * scale_x), end_y=_bits(height * scale_y),
         COUNT=max_freqs, KIND=kind, BLOCK=block, EMULATE=emulates(dtype),

@@ -10,9 +10,21 @@ from torch import Tensor
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.dtypes import autocast
-from pixnerd_kernels.ops.gated_residual import reference
-from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
+from pixnerd_kernels.ops.library import (
+    Passed,
+    below_autograd,
+    gradients,
+    module,
+    plain,
+    refuse_gradients,
+    register,
+    register_autograd,
+    run,
+    wanted,
+)
 from pixnerd_kernels.ops.modulated_rms_norm import check_batch_rows, check_modulation
+
+_passed, _norm_passed = Passed(), Passed()
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -36,11 +48,20 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     Source: the official PixNerd's DiT block.
     """
-    problems = Problems("gated_residual")
     x, y, gate = autocast(x, y, gate)
-    _check_residual(problems, x, y, gate)
-    problems.raise_if_any()
-    out: Tensor = torch.ops.pixnerd.gated_residual(x, y, gate, backends.forced_backend())
+    direct = plain(x, y, gate)
+    if direct is None or direct not in _passed:
+        problems = Problems("gated_residual")
+        _check_residual(problems, x, y, gate)
+        problems.raise_if_any()
+        if direct is not None:
+            _passed.add(direct)
+    forced = backends.forced_backend()
+    out: Tensor
+    if direct is None:
+        out = torch.ops.pixnerd.gated_residual(x, y, gate, forced)
+    else:
+        out = run(_GatedResidual, _forward, x, y, gate, forced)
     return out
 
 
@@ -68,14 +89,21 @@ def gated_residual_rms_norm(
     Raises:
         TypeError, ValueError, NotImplementedError: as in the two ops.
     """
-    problems = Problems("gated_residual_rms_norm")
     x, y, gate, shift, scale = autocast(x, y, gate, shift, scale)
-    _check_residual(problems, x, y, gate, check_x=False)
-    check_modulation(problems, x, weight, shift, scale, eps)
-    problems.raise_if_any()
-    z, n = torch.ops.pixnerd.gated_residual_rms_norm(
-        x, y, gate, weight, shift, scale, eps, backends.forced_backend()
-    )
+    if direct := plain(x, y, gate, weight, shift, scale):
+        direct += (type(eps), eps)
+    if direct is None or direct not in _norm_passed:
+        problems = Problems("gated_residual_rms_norm")
+        _check_residual(problems, x, y, gate, check_x=False)
+        check_modulation(problems, x, weight, shift, scale, eps)
+        problems.raise_if_any()
+        if direct is not None:
+            _norm_passed.add(direct)
+    forced = backends.forced_backend()
+    if direct is None:
+        z, n = torch.ops.pixnerd.gated_residual_rms_norm(x, y, gate, weight, shift, scale, eps, forced)
+    else:
+        z, n = run(_GatedResidualNorm, _norm_forward, x, y, gate, weight, shift, scale, float(eps), forced)
     return z, n
 
 
@@ -92,16 +120,7 @@ def _check_residual(problems: Problems, x: object, y: object, gate: object, chec
 
 def _backend(x: Tensor, forced: str) -> Any:
     """The module that runs both ops, forward and backward."""
-    name = backends.select("gated_residual", x.device, x.dtype, forced)
-    if name == "cpu":
-        from pixnerd_kernels.ops.gated_residual import cpu
-
-        return cpu
-    if name == "triton":
-        from pixnerd_kernels.ops.gated_residual import triton
-
-        return triton
-    return reference
+    return module("gated_residual", backends.select("gated_residual", x.device, x.dtype, forced))
 
 
 def _forward(x, y, gate, forced):  # type: ignore[no-untyped-def]
@@ -120,11 +139,14 @@ def _norm_forward(x, *arguments):  # type: ignore[no-untyped-def]
         return _backend(x, forced).norm_forward(x, *arguments)
 
 
-def _norm_backward(grad_z, grad, z, *arguments):  # type: ignore[no-untyped-def]
+def _norm_gradients(grad_z, grad, z, *arguments):  # type: ignore[no-untyped-def]
     *arguments, forced = arguments
     with torch._C._DisableAutocast():
-        gradients = _backend(z, forced).norm_backward(grad_z, grad, z, *arguments)
-    return [z.new_empty(0) if g is None else g for g in gradients]
+        return _backend(z, forced).norm_backward(grad_z, grad, z, *arguments)
+
+
+def _norm_backward(grad_z, grad, z, *arguments):  # type: ignore[no-untyped-def]
+    return [z.new_empty(0) if g is None else g for g in _norm_gradients(grad_z, grad, z, *arguments)]
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -163,25 +185,24 @@ register(
 
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, gate, forced):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, y, gate, forced, direct=False):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(y, gate)
         ctx.forced = forced
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pixnerd.gated_residual(x, y, gate, forced)
+        return below_autograd("gated_residual", _forward, direct, x, y, gate, forced)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         if not any(ctx.needs_input_grad[1:3]):
-            return grad, None, None, None
-        dy, d_gate = torch.ops.pixnerd.gated_residual_backward(grad, *ctx.saved_tensors, ctx.forced)
-        return grad, dy, d_gate, None
+            return grad, None, None, None, None
+        dy, d_gate = gradients("gated_residual_backward", _backward, grad, *ctx.saved_tensors, ctx.forced)
+        return grad, dy, d_gate, None, None
 
 
 class _GatedResidualNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, gate, weight, shift, scale, eps, forced):  # type: ignore[no-untyped-def]
-        with torch._C._AutoDispatchBelowAutograd():
-            z, n = torch.ops.pixnerd.gated_residual_rms_norm(x, y, gate, weight, shift, scale, eps, forced)
+    def forward(ctx, x, y, gate, weight, shift, scale, eps, forced, direct=False):  # type: ignore[no-untyped-def]
+        arguments = (x, y, gate, weight, shift, scale, eps, forced)
+        z, n = below_autograd("gated_residual_rms_norm", _norm_forward, direct, *arguments)
         ctx.save_for_backward(z, y, gate, weight, scale)
         ctx.options = (shift is not None, eps, forced)
         return z, n
@@ -190,11 +211,9 @@ class _GatedResidualNorm(torch.autograd.Function):
     def backward(ctx, grad_z, grad):  # type: ignore[no-untyped-def]
         z, y, gate, weight, scale = ctx.saved_tensors
         shifted, eps, forced = ctx.options
-        gradients = torch.ops.pixnerd.gated_residual_rms_norm_backward(
-            grad_z, grad, z, y, gate, weight, shifted, scale, eps, forced
-        )
-        needs = ctx.needs_input_grad
-        return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None
+        arguments = (grad_z, grad, z, y, gate, weight, shifted, scale, eps, forced)
+        found = gradients("gated_residual_rms_norm_backward", _norm_gradients, *arguments)
+        return wanted(found, ctx.needs_input_grad)
 
 
 register_autograd("gated_residual", _GatedResidual.apply)

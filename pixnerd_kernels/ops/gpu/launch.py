@@ -6,10 +6,13 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Options:
 
     warps: int = 4
     stages: int = 1
+    registers: int = 0  # a thread's at most; 0 leaves it to the compiler
+
+    def named(self) -> dict[str, int]:
+        """As Triton names them."""
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        return found | {"maxnreg": self.registers} if self.registers else found
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,38 @@ class Launch:
         return str(self.kernel.fn.__name__)
 
 
+class _Compiled(NamedTuple):
+    """A variant of a kernel, as Triton's launcher takes it."""
+
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A kernel that was launched before, and what it was compiled to."""
+
+    kernel: Any  # kept alive: `_known` names it by its id
+    size: int = -1  # how many arguments it takes; -1 leaves all launches to Triton
+    tensors: Callable[[Any], tuple[Any, ...]] = tuple
+    others: Callable[[Any], tuple[Any, ...]] = tuple
+    #: Puts tensors and others, one after the other, into the kernel's own order.
+    ordered: Callable[[Any], tuple[Any, ...]] = tuple
+    variants: dict[tuple[Any, ...], _Compiled] = field(default_factory=dict)
+
+
 _watcher: Callable[[Launch], bool] | None = None
 _pretended: Target | None = None
+_known: dict[int, _Known] = {}
+#: Variants of a kernel that are remembered: shapes that never end must not fill the memory.
+_MOST_VARIANTS = 4096
+#: The Tritons whose launcher is called as `_launch` does; all others launch by themselves.
+_DIRECT = triton.__version__.startswith(("3.6.", "3.7."))
+_RUN = JITFunction.run
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether TRITON_INTERPRET was set when the kernels were defined: they run on CPU tensors then."""
     return bool(triton.knobs.runtime.interpret)
@@ -86,11 +123,92 @@ def launch(
         return
     if _watcher is not None and not _watcher(Launch(kernel, grid, arguments, options)):
         return
-    if device.type != "cuda":
+    if interpreting():
         kernel[grid](**arguments)
         return
-    with torch.cuda.device(device):
-        kernel[grid](**arguments, num_warps=options.warps, num_stages=options.stages)
+    driver = triton.runtime.driver.active
+    if driver.get_current_device() == device.index:
+        _launch(driver, kernel, grid, device.index, options, arguments)
+    else:
+        with torch.cuda.device(device):
+            _launch(driver, kernel, grid, device.index, options, arguments)
+
+
+def _launch(
+    driver: Any, kernel: Any, grid: tuple[int, ...], device: int, options: Options, arguments: dict[str, Any]
+) -> None:
+    """Launch what was compiled for such arguments before; Triton compiles and launches it the first time.
+
+    Triton works out every argument's kind anew at every launch, for longer than a small kernel runs. Here a variant is
+    found by more than it depends on: the numbers themselves, and the tensors' dtypes, devices and alignment. Addresses
+    go to the launcher as integers, since for each tensor it would ask the CUDA driver where it lies; a variant's first
+    launch has asked.
+    """
+    known = _known.get(id(kernel))
+    if known is None:
+        known = _known[id(kernel)] = _describe(kernel, arguments)
+    if len(arguments) != known.size or _observed(kernel):
+        kernel[grid](**arguments, **options.named())
+        return
+    tensors, others = known.tensors(arguments), known.others(arguments)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    key = (
+        device, options, others, tuple(map(type, others)),
+        tuple([tensor.dtype for tensor in tensors]),
+        tuple([tensor.get_device() for tensor in tensors]),
+        tuple([address % 16 == 0 for address in addresses]),
+    )  # fmt: skip
+    found = known.variants.get(key)
+    if found is None:
+        compiled = kernel[grid](**arguments, **options.named())
+        if not kernel.used_global_vals:  # Triton looks at these at every launch
+            if len(known.variants) >= _MOST_VARIANTS:
+                known.variants.clear()
+            known.variants[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata)
+        return
+    x, y, z, *_ = *grid, 1, 1
+    # Neither launch metadata nor hooks: nobody has asked for them.
+    found.run(
+        x, y, z, driver.get_current_stream(device), found.function, found.metadata, None, None, None,
+        *known.ordered((*addresses, *others)),
+    )  # fmt: skip
+
+
+def _describe(kernel: Any, arguments: dict[str, Any]) -> _Known:
+    """Where a kernel's tensors are among its arguments, if its launches need nothing of Triton."""
+    # On AMD's GPUs a variant depends on the sizes of tensors, too.
+    if not _DIRECT or type(kernel) is not JITFunction or torch.version.hip is not None:
+        return _Known(kernel)
+    names = kernel.arg_names
+    if set(names) != set(arguments):  # a default's value is not here, or Triton has to complain
+        return _Known(kernel)
+    tensors = [name for name in names if isinstance(arguments[name], Tensor)]
+    others = [name for name in names if not isinstance(arguments[name], Tensor)]
+    places = {name: place for place, name in enumerate((*tensors, *others))}
+    return _Known(
+        kernel, len(names), _getter(tensors), _getter(others), _getter([places[name] for name in names])
+    )
+
+
+def _getter(keys: list[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """From a container to the tuple of its items at these keys."""
+    if len(keys) > 1:
+        return itemgetter(*keys)
+    return lambda container: tuple([container[key] for key in keys])
+
+
+def _observed(kernel: Any) -> bool:
+    """Whether a profiler, a hook or a debugging option wants Triton itself to launch."""
+    knobs = triton.knobs.runtime
+    return bool(
+        JITFunction.run is not _RUN
+        or kernel.pre_run_hooks
+        or knobs.launch_enter_hook.calls
+        or knobs.launch_exit_hook.calls
+        or knobs.debug
+        or getattr(knobs, "add_stages_inspection_hook", None)
+        or vars(triton.knobs.compilation).get("instrumentation_mode")
+    )
 
 
 @contextmanager
@@ -136,4 +254,14 @@ def emulates(dtype: torch.dtype) -> bool:
 
 def padded(size: int) -> int:
     """The power of two that holds `size`, 16 at least: the smallest operand of a product."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below `size`; Triton's own function takes microseconds."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

@@ -10,8 +10,20 @@ from torch import Tensor
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.dtypes import autocast
-from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
-from pixnerd_kernels.ops.modulated_rms_norm import reference
+from pixnerd_kernels.ops.library import (
+    Passed,
+    below_autograd,
+    gradients,
+    module,
+    plain,
+    refuse_gradients,
+    register,
+    register_autograd,
+    run,
+    wanted,
+)
+
+_passed = Passed()
 
 
 def modulated_rms_norm(
@@ -43,26 +55,37 @@ def modulated_rms_norm(
 
     Source: the official PixNerd's RMSNorm and modulation (DiT, arXiv 2212.09748).
     """
-    problems = Problems("modulated_rms_norm")
     x, shift, scale = autocast(x, shift, scale)
+    if direct := plain(x, weight, shift, scale):
+        direct += (type(eps), eps)
+    if direct is None or direct not in _passed:
+        _check(x, weight, shift, scale, eps)
+        if direct is not None:
+            _passed.add(direct)
+    shape = x.shape
+    if len(shape) != 3:
+        x = x.reshape(1, -1, shape[-1])
+    forced = backends.forced_backend()
+    out: Tensor
+    if direct is None:
+        out = torch.ops.pixnerd.modulated_rms_norm(x, weight, shift, scale, eps, forced)
+    else:
+        out = run(_ModulatedRMSNorm, _forward, x, weight, shift, scale, float(eps), forced)
+    return out if len(shape) == 3 else out.view(shape)
+
+
+def _check(x: object, weight: object, shift: object, scale: object, eps: object) -> None:
+    problems = Problems("modulated_rms_norm")
     if shift is None and scale is None and isinstance(x, Tensor) and x.dim() != 3:
         _check_rows(problems, x, weight, eps)
-        shape = x.shape
-        x = x.reshape(1, -1, shape[-1])
     else:
         check_modulation(problems, x, weight, shift, scale, eps)
-        problems.raise_if_any()
-        shape = x.shape
-    out: Tensor = torch.ops.pixnerd.modulated_rms_norm(
-        x, weight, shift, scale, eps, backends.forced_backend()
-    )
-    return out.view(shape)
+    problems.raise_if_any()
 
 
-def _check_rows(problems: Problems, x: Tensor, weight: Tensor, eps: float) -> None:
+def _check_rows(problems: Problems, x: Tensor, weight: object, eps: object) -> None:
     problems.tensor("x", x, max(x.dim(), 1), "[..., D]")
     _check_weight(problems, x, weight, eps)
-    problems.raise_if_any()
 
 
 def _check_weight(problems: Problems, x: object, weight: object, eps: object) -> None:
@@ -98,16 +121,7 @@ def check_batch_rows(problems: Problems, x: object, rows: list[tuple[str, Any]])
 
 def _backend(x: Tensor, forced: str) -> Any:
     """The module whose forward and backward run the op."""
-    name = backends.select("modulated_rms_norm", x.device, x.dtype, forced)
-    if name == "cpu":
-        from pixnerd_kernels.ops.modulated_rms_norm import cpu
-
-        return cpu
-    if name == "triton":
-        from pixnerd_kernels.ops.modulated_rms_norm import triton
-
-        return triton
-    return reference
+    return module("modulated_rms_norm", backends.select("modulated_rms_norm", x.device, x.dtype, forced))
 
 
 def _forward(x, weight, shift, scale, eps, forced):  # type: ignore[no-untyped-def]
@@ -115,10 +129,13 @@ def _forward(x, weight, shift, scale, eps, forced):  # type: ignore[no-untyped-d
         return _backend(x, forced).forward(x, weight, shift, scale, eps)
 
 
-def _backward(grad, x, weight, shifted, scale, eps, forced):  # type: ignore[no-untyped-def]
+def _gradients(grad, x, weight, shifted, scale, eps, forced):  # type: ignore[no-untyped-def]
     with torch._C._DisableAutocast():
-        gradients = _backend(x, forced).backward(grad, x, weight, shifted, scale, eps)
-    return [x.new_empty(0) if g is None else g for g in gradients]
+        return _backend(x, forced).backward(grad, x, weight, shifted, scale, eps)
+
+
+def _backward(grad, x, *arguments):  # type: ignore[no-untyped-def]
+    return [x.new_empty(0) if g is None else g for g in _gradients(grad, x, *arguments)]
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -146,21 +163,19 @@ register(
 
 class _ModulatedRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, shift, scale, eps, forced):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, shift, scale, eps, forced, direct=False):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight, scale)
         ctx.options = (shift is not None, eps, forced)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pixnerd.modulated_rms_norm(x, weight, shift, scale, eps, forced)
+        return below_autograd("modulated_rms_norm", _forward, direct, x, weight, shift, scale, eps, forced)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
         shifted, eps, forced = ctx.options
-        gradients = torch.ops.pixnerd.modulated_rms_norm_backward(
-            grad, x, weight, shifted, scale, eps, forced
+        found = gradients(
+            "modulated_rms_norm_backward", _gradients, grad, x, weight, shifted, scale, eps, forced
         )
-        needs = ctx.needs_input_grad
-        return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None
+        return wanted(found, ctx.needs_input_grad)
 
 
 register_autograd("modulated_rms_norm", _ModulatedRMSNorm.apply)

@@ -11,7 +11,18 @@ from torch import Tensor
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.dtypes import autocast
-from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
+from pixnerd_kernels.ops.library import (
+    Passed,
+    below_autograd,
+    gradients,
+    module,
+    plain,
+    refuse_gradients,
+    register,
+    register_autograd,
+    run,
+    wanted,
+)
 from pixnerd_kernels.ops.native import fresh
 from pixnerd_kernels.ops.neural_field_mlp import reference
 
@@ -20,6 +31,8 @@ WEIGHTS = ("w1", "w2", "w_gate")
 
 #: Channels that a Triton program keeps on the chip at most; beyond, CUDA tensors run on the reference.
 TRITON_CHANNELS = 256
+
+_passed, _packed_passed = Passed(), Passed()
 
 
 class FieldParams(NamedTuple):
@@ -98,8 +111,31 @@ def neural_field_mlp(
 
     Source: PixNerd (arXiv 2507.23268), section 3, and its official NerfBlock; the gated form is Chroma1-Radiance's.
     """
-    problems = Problems("neural_field_mlp")
     x, w1, w2, w_gate = autocast(x, w1, w2, w_gate)
+    if direct := plain(x, w1, w2, w_gate, norm_weight):
+        direct += _option_key(normalize, activation, residual, norm_eps, weight_eps)
+    if direct is None or direct not in _passed:
+        _check(x, w1, w2, w_gate, norm_weight, normalize, activation, residual, norm_eps, weight_eps)
+        if direct is not None:
+            _passed.add(direct)
+    flags = [name in normalize for name in WEIGHTS]
+    forced = backends.forced_backend()
+    out: Tensor
+    if direct is None:
+        out = torch.ops.pixnerd.neural_field_mlp(
+            x, w1, w2, w_gate, norm_weight, flags, activation, residual, norm_eps, weight_eps, forced
+        )
+    else:
+        options = (flags, activation, residual, float(norm_eps), float(weight_eps), forced)
+        out = run(_NeuralFieldMLP, _forward, x, w1, w2, w_gate, norm_weight, *options)
+    return out
+
+
+def _check(
+    x: Any, w1: Any, w2: Any, w_gate: Any, norm_weight: Any,
+    normalize: Any, activation: Any, residual: Any, norm_eps: Any, weight_eps: Any,
+) -> None:  # fmt: skip
+    problems = Problems("neural_field_mlp")
     others = [("w1", w1), ("w2", w2)] + ([] if w_gate is None else [("w_gate", w_gate)])
     readable = problems.tensor("x", x, 3, "[N, S, D1]")
     readable &= problems.tensor("w1", w1, 3, "[N, D1, D2]")
@@ -117,13 +153,8 @@ def neural_field_mlp(
             problems.add("w1", "at least one hidden unit", w1)
     problems.same_dtype("x", x, others)
     problems.same_device("x", x, [*others, ("norm_weight", norm_weight)])
-    flags = _check_options(problems, x, norm_weight, normalize, activation, residual, norm_eps, weight_eps)
+    _check_options(problems, x, norm_weight, normalize, activation, residual, norm_eps, weight_eps)
     problems.raise_if_any()
-    out: Tensor = torch.ops.pixnerd.neural_field_mlp(
-        x, w1, w2, w_gate, norm_weight,
-        flags, activation, residual, norm_eps, weight_eps, backends.forced_backend(),
-    )  # fmt: skip
-    return out
 
 
 def neural_field_mlp_packed(
@@ -154,8 +185,35 @@ def neural_field_mlp_packed(
     Raises:
         TypeError, ValueError, NotImplementedError: as `neural_field_mlp`.
     """
-    problems = Problems("neural_field_mlp_packed")
     x, params = autocast(x, params)
+    if direct := plain(x, params, norm_weight):
+        direct += _option_key(normalize, activation, residual, norm_eps, weight_eps)
+        direct += (type(hidden), hidden, type(gated), gated)
+    if direct is None or direct not in _packed_passed:
+        _check_packed(
+            x, params, hidden, gated, norm_weight, normalize, activation, residual, norm_eps, weight_eps
+        )
+        if direct is not None:
+            _packed_passed.add(direct)
+    flags = [name in normalize for name in WEIGHTS]
+    forced = backends.forced_backend()
+    out: Tensor
+    if direct is None:
+        out = torch.ops.pixnerd.neural_field_mlp_packed(
+            x, params, norm_weight, hidden, gated,
+            flags, activation, residual, norm_eps, weight_eps, forced,
+        )  # fmt: skip
+    else:
+        options = (flags, activation, residual, float(norm_eps), float(weight_eps), forced)
+        out = run(_NeuralFieldMLPPacked, _packed_forward, x, params, norm_weight, hidden, gated, *options)
+    return out
+
+
+def _check_packed(
+    x: Any, params: Any, hidden: Any, gated: Any, norm_weight: Any,
+    normalize: Any, activation: Any, residual: Any, norm_eps: Any, weight_eps: Any,
+) -> None:  # fmt: skip
+    problems = Problems("neural_field_mlp_packed")
     readable = problems.tensor("x", x, 3, "[N, S, D1]")
     readable &= problems.tensor("params", params, 2, "[N, parameters]")
     readable &= problems.count("hidden", hidden)
@@ -166,13 +224,16 @@ def neural_field_mlp_packed(
         _check_packed_width(problems, params, x.shape[2], hidden, gated)
     problems.same_dtype("x", x, [("params", params)])
     problems.same_device("x", x, [("params", params), ("norm_weight", norm_weight)])
-    flags = _check_options(problems, x, norm_weight, normalize, activation, residual, norm_eps, weight_eps)
+    _check_options(problems, x, norm_weight, normalize, activation, residual, norm_eps, weight_eps)
     problems.raise_if_any()
-    out: Tensor = torch.ops.pixnerd.neural_field_mlp_packed(
-        x, params, norm_weight, hidden, gated,
-        flags, activation, residual, norm_eps, weight_eps, backends.forced_backend(),
-    )  # fmt: skip
-    return out
+
+
+def _option_key(
+    normalize: Sequence[str], activation: str, residual: bool, norm_eps: float, weight_eps: float
+) -> tuple[Any, ...]:
+    """What the checks of the options depend on."""
+    names = tuple(normalize) if type(normalize) is list else normalize
+    return names, activation, type(residual), residual, type(norm_eps), norm_eps, type(weight_eps), weight_eps
 
 
 def _check_flag(problems: Problems, argument: str, value: object) -> None:
@@ -196,8 +257,8 @@ def _check_options(
     residual: bool,
     norm_eps: float,
     weight_eps: float,
-) -> list[bool]:
-    """Check what both public functions share; the flags say which of w1, w2, w_gate are normalised."""
+) -> None:
+    """Check what both public functions share."""
     if norm_weight is not None and problems.tensor("norm_weight", norm_weight, 1, "[D1]"):
         assert isinstance(norm_weight, Tensor)
         if isinstance(x, Tensor) and x.dim() == 3 and norm_weight.shape[0] != x.shape[2]:
@@ -213,7 +274,6 @@ def _check_options(
     _check_flag(problems, "residual", residual)
     problems.number("norm_eps", norm_eps)
     problems.number("weight_eps", weight_eps)
-    return [name in normalize for name in WEIGHTS]
 
 
 def _split(params: Tensor, channels: int, hidden: int, gated: bool) -> FieldParams:
@@ -224,6 +284,19 @@ def _split(params: Tensor, channels: int, hidden: int, gated: bool) -> FieldPara
         params = params[:, size:]
     w1 = params[:, :size].view(patches, channels, hidden)
     return FieldParams(w1, params[:, size : 2 * size].view(patches, hidden, channels), w_gate)
+
+
+def _matrices(params: Tensor, channels: int, hidden: int, gated: bool) -> list[Tensor | None]:
+    """`_split` below autograd: w1, w2, w_gate with one operation for each and not two."""
+    (row, step), start = params.stride(), params.storage_offset()
+    size = channels * hidden
+    wide, high = (params.shape[0], channels, hidden), (params.shape[0], hidden, channels)
+    first = size * step if gated else 0
+    return [
+        params.as_strided(wide, (row, hidden * step, step), start + first),
+        params.as_strided(high, (row, channels * step, step), start + first + size * step),
+        params.as_strided(wide, (row, hidden * step, step), start) if gated else None,
+    ]
 
 
 def select_backend(op: str, x: Tensor, channels: int, forced: str) -> str:
@@ -241,21 +314,13 @@ def select_backend(op: str, x: Tensor, channels: int, forced: str) -> str:
 
 def _backend(x: Tensor, forced: str) -> Any:
     """The module whose forward and backward run the op."""
-    name = select_backend("neural_field_mlp", x, x.shape[2], forced)
-    if name == "cpu":
-        from pixnerd_kernels.ops.neural_field_mlp import cpu
-
-        return cpu
-    if name == "triton":
-        from pixnerd_kernels.ops.neural_field_mlp import triton
-
-        return triton
-    return reference
+    return module("neural_field_mlp", select_backend("neural_field_mlp", x, x.shape[2], forced))
 
 
 # The op itself. Schemas end in the same options in all four ops; `forced` names the forced backend or is empty,
 # and travels to backward as an argument so that both passes take the same one.
 _OPTIONS = "bool[] normalize, str activation, bool residual, float norm_eps, float weight_eps, str forced"
+_OPTION_COUNT = _OPTIONS.count(",") + 1
 _WEIGHTS = "Tensor w1, Tensor w2, Tensor? w_gate, Tensor? norm_weight"
 _PACKED = "Tensor params, Tensor? norm_weight, int hidden, bool gated"
 
@@ -267,25 +332,33 @@ def _forward(x, w1, w2, w_gate, norm_weight, *options):  # type: ignore[no-untyp
         return _backend(x, forced).forward(x, w1, w2, w_gate, norm_weight, *options)
 
 
-def _backward(grad, x, w1, w2, w_gate, norm_weight, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
+def _gradients(grad, x, w1, w2, w_gate, norm_weight, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
     *options, forced = options
     weights = (w1, w2, w_gate)
     targets = [None if w is None or not need_weights else fresh(_empty(w)) for w in weights]
     dx, d_norm = _run_backward(grad, x, weights, norm_weight, need_x, targets, options, forced)
-    return [_or_empty(t, x) for t in (dx, *targets, d_norm)]
+    return dx, *targets, d_norm
+
+
+def _backward(grad, x, *arguments):  # type: ignore[no-untyped-def]
+    return [_or_empty(t, x) for t in _gradients(grad, x, *arguments)]
 
 
 def _packed_forward(x, params, norm_weight, hidden, gated, *options):  # type: ignore[no-untyped-def]
-    return _forward(x, *_split(params, x.shape[2], hidden, gated), norm_weight, *options)
+    return _forward(x, *_matrices(params, x.shape[2], hidden, gated), norm_weight, *options)
 
 
-def _packed_backward(grad, x, params, norm_weight, hidden, gated, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
+def _packed_gradients(grad, x, params, norm_weight, hidden, gated, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
     *options, forced = options
     d_params = fresh(_empty(params)) if need_weights else None
-    targets = [None] * 3 if d_params is None else list(_split(d_params, x.shape[2], hidden, gated))
-    weights = _split(params, x.shape[2], hidden, gated)
+    targets = [None] * 3 if d_params is None else _matrices(d_params, x.shape[2], hidden, gated)
+    weights = _matrices(params, x.shape[2], hidden, gated)
     dx, d_norm = _run_backward(grad, x, weights, norm_weight, need_x, targets, options, forced)
-    return [_or_empty(t, x) for t in (dx, d_params, d_norm)]
+    return dx, d_params, d_norm
+
+
+def _packed_backward(grad, x, *arguments):  # type: ignore[no-untyped-def]
+    return [_or_empty(t, x) for t in _packed_gradients(grad, x, *arguments)]
 
 
 def _run_backward(grad, x, weights, norm_weight, need_x, targets, options, forced):  # type: ignore[no-untyped-def]
@@ -351,38 +424,34 @@ register(
 class _NeuralFieldMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, w2, w_gate, norm_weight, *options):  # type: ignore[no-untyped-def]
+        *options, direct = options if len(options) == _OPTION_COUNT + 1 else (*options, False)
         ctx.save_for_backward(x, w1, w2, w_gate, norm_weight)
         ctx.options = options
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pixnerd.neural_field_mlp(x, w1, w2, w_gate, norm_weight, *options)
+        arguments = (x, w1, w2, w_gate, norm_weight, *options)
+        return below_autograd("neural_field_mlp", _forward, direct, *arguments)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad
-        gradients = torch.ops.pixnerd.neural_field_mlp_backward(
-            grad, *ctx.saved_tensors, needs[0], any(needs[1:4]), *ctx.options
-        )
-        wanted = [g if need else None for g, need in zip(gradients, needs, strict=False)]
-        return (*wanted, *(None,) * len(ctx.options))
+        arguments = (grad, *ctx.saved_tensors, needs[0], any(needs[1:4]), *ctx.options)
+        return wanted(gradients("neural_field_mlp_backward", _gradients, *arguments), needs)
 
 
 class _NeuralFieldMLPPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, params, norm_weight, hidden, gated, *options):  # type: ignore[no-untyped-def]
+        *options, direct = options if len(options) == _OPTION_COUNT + 1 else (*options, False)
         ctx.save_for_backward(x, params, norm_weight)
         ctx.options = (hidden, gated, options)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pixnerd.neural_field_mlp_packed(x, params, norm_weight, hidden, gated, *options)
+        arguments = (x, params, norm_weight, hidden, gated, *options)
+        return below_autograd("neural_field_mlp_packed", _packed_forward, direct, *arguments)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         hidden, gated, options = ctx.options
         needs = ctx.needs_input_grad
-        gradients = torch.ops.pixnerd.neural_field_mlp_packed_backward(
-            grad, *ctx.saved_tensors, hidden, gated, needs[0], needs[1], *options
-        )
-        wanted = [g if need else None for g, need in zip(gradients, needs, strict=False)]
-        return (*wanted, None, None, *(None,) * len(options))
+        arguments = (grad, *ctx.saved_tensors, hidden, gated, needs[0], needs[1], *options)
+        return wanted(gradients("neural_field_mlp_packed_backward", _packed_gradients, *arguments), needs)
 
 
 register_autograd("neural_field_mlp", _NeuralFieldMLP.apply)

@@ -9,8 +9,19 @@ from torch import Tensor
 
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import FLOATS, Problems
-from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
-from pixnerd_kernels.ops.normalize_weights import reference
+from pixnerd_kernels.ops.library import (
+    Passed,
+    below_autograd,
+    gradients,
+    module,
+    plain,
+    refuse_gradients,
+    register,
+    register_autograd,
+    run,
+)
+
+_passed = Passed()
 
 
 def normalize_weights(w: Tensor, dim: int = -2, eps: float = 1e-12) -> Tensor:
@@ -29,6 +40,22 @@ def normalize_weights(w: Tensor, dim: int = -2, eps: float = 1e-12) -> Tensor:
         TypeError, ValueError: every problem with the arguments at once.
         NotImplementedError: a forced backend (`use_backend`) cannot run; lists every reason.
     """
+    if direct := plain(w):
+        direct += (type(dim), dim, type(eps), eps)
+    if direct is None or direct not in _passed:
+        _check(w, dim, eps)
+        if direct is not None:
+            _passed.add(direct)
+    forced = backends.forced_backend()
+    out: Tensor
+    if direct is None:
+        out = torch.ops.pixnerd.normalize_weights(w, dim % w.dim(), eps, forced)
+    else:
+        out = run(_NormalizeWeights, _forward, w, dim % w.dim(), float(eps), forced)
+    return out
+
+
+def _check(w: object, dim: object, eps: object) -> None:
     problems = Problems("normalize_weights")
     rank = w.dim() if isinstance(w, Tensor) else 0
     if not isinstance(w, Tensor) or w.dtype not in FLOATS:
@@ -41,22 +68,11 @@ def normalize_weights(w: Tensor, dim: int = -2, eps: float = 1e-12) -> Tensor:
         problems.add("dim", f"a dimension of w, {-rank} to {rank - 1}", dim)
     problems.number("eps", eps)
     problems.raise_if_any()
-    out: Tensor = torch.ops.pixnerd.normalize_weights(w, dim % rank, eps, backends.forced_backend())
-    return out
 
 
 def _backend(w: Tensor, forced: str) -> Any:
     """The module whose forward and backward run the op."""
-    name = backends.select("normalize_weights", w.device, w.dtype, forced)
-    if name == "cpu":
-        from pixnerd_kernels.ops.normalize_weights import cpu
-
-        return cpu
-    if name == "triton":
-        from pixnerd_kernels.ops.normalize_weights import triton
-
-        return triton
-    return reference
+    return module("normalize_weights", backends.select("normalize_weights", w.device, w.dtype, forced))
 
 
 def _forward(w: Tensor, dim: int, eps: float, forced: str) -> Tensor:
@@ -83,16 +99,16 @@ register(
 
 class _NormalizeWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w, dim, eps, forced):  # type: ignore[no-untyped-def]
+    def forward(ctx, w, dim, eps, forced, direct=False):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(w)
         ctx.options = (dim, eps, forced)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pixnerd.normalize_weights(w, dim, eps, forced)
+        return below_autograd("normalize_weights", _forward, direct, w, dim, eps, forced)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (w,) = ctx.saved_tensors
-        return torch.ops.pixnerd.normalize_weights_backward(grad, w, *ctx.options), None, None, None
+        found = gradients("normalize_weights_backward", _backward, grad, w, *ctx.options)
+        return found, None, None, None, None
 
 
 register_autograd("normalize_weights", _NormalizeWeights.apply)

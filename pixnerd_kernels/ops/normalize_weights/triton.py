@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pixnerd_kernels.checks import describe
-from pixnerd_kernels.ops.gpu.launch import Options, emulates, interpreting, launch
+from pixnerd_kernels.ops.gpu.launch import Options, ceil_div, emulates, interpreting, launch, power_of_two
 from pixnerd_kernels.ops.gpu.pieces import inverse_norm, narrow
 
 #: Numbers of a tile: columns of more rows than that are read twice. Large in the interpreter, where tiles cost time.
@@ -67,6 +69,29 @@ def normalize_weights_columns(
             tl.store(out + places, narrow(tile * scale[None, :], out.dtype.element_ty, EMULATE), mask=inside)
 
 
+class _Plan(NamedTuple):
+    grid: tuple[int]
+    sizes: dict[str, int]
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(shape: tuple[int, ...], dim: int) -> _Plan:
+    """The grid, and what the kernel takes of a contiguous tensor's shape."""
+    outer, rows, columns = math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
+    steps = {"outer_step": rows * columns, "row_step": columns, "column_step": 1}
+    if columns == 1:  # Neighbours in memory are of one column: all matrices together are columns of one.
+        outer, columns = 1, outer
+        steps = {"outer_step": rows * columns, "row_step": 1, "column_step": rows}
+    tile = _TILE_INTERPRETED if interpreting() else _TILE
+    block_r = min(power_of_two(rows), tile)
+    block_c = min(power_of_two(columns), tile // block_r)
+    sizes = {"rows": rows, "columns": columns, **steps, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    return _Plan((outer * ceil_div(columns, block_c) if rows else 0,), sizes | {"WHOLE": block_r >= rows})
+
+
+_OPTIONS = Options(4)
+
+
 def _run(w: Tensor, grad: Tensor | None, dim: int, eps: float) -> Tensor:
     w = w.contiguous()
     if grad is not None:
@@ -74,19 +99,11 @@ def _run(w: Tensor, grad: Tensor | None, dim: int, eps: float) -> Tensor:
             raise ValueError(f"grad: expected {list(w.shape)} {w.dtype}, got {describe(grad)}")
         grad = grad.contiguous()
     out = torch.empty_like(w)
-    outer, rows, columns = math.prod(w.shape[:dim]), w.shape[dim], math.prod(w.shape[dim + 1 :])
-    steps = {"outer_step": rows * columns, "row_step": columns, "column_step": 1}
-    if columns == 1:  # Neighbours in memory are of one column: all matrices together are columns of one.
-        outer, columns = 1, outer
-        steps = {"outer_step": rows * columns, "row_step": 1, "column_step": rows}
-    tile = _TILE_INTERPRETED if interpreting() else _TILE
-    block_r = min(triton.next_power_of_2(max(rows, 1)), tile)
-    block_c = min(triton.next_power_of_2(max(columns, 1)), tile // block_r)
+    plan = _plan(w.shape, dim)
     launch(
-        normalize_weights_columns, (outer * triton.cdiv(columns, block_c) if rows else 0,), w.device, Options(4),
-        w=w, grad=w if grad is None else grad, out=out, eps=eps, rows=rows, columns=columns, **steps,
-        BLOCK_R=block_r, BLOCK_C=block_c, WHOLE=block_r >= rows, BACKWARD=grad is not None,
-        EMULATE=emulates(w.dtype),
+        normalize_weights_columns, plan.grid, w.device, _OPTIONS,
+        w=w, grad=w if grad is None else grad, out=out, eps=eps, **plan.sizes,
+        BACKWARD=grad is not None, EMULATE=emulates(w.dtype),
     )  # fmt: skip
     return out
 

@@ -10,8 +10,20 @@ from torch import Tensor
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.dtypes import autocast
-from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
-from pixnerd_kernels.ops.qk_norm_rope import reference
+from pixnerd_kernels.ops.library import (
+    Passed,
+    below_autograd,
+    gradients,
+    module,
+    plain,
+    refuse_gradients,
+    register,
+    register_autograd,
+    run,
+    wanted,
+)
+
+_passed = Passed()
 
 
 def qk_norm_rope(
@@ -52,8 +64,24 @@ def qk_norm_rope(
 
     Source: the official PixNerd's attention: class-to-image, and with text_kv text-to-image.
     """
-    problems = Problems("qk_norm_rope")
     qkv, text_kv = autocast(qkv, text_kv)
+    if direct := plain(qkv, q_weight, k_weight, rope, text_kv):
+        direct += (rope is not None and rope.requires_grad, type(eps), eps)
+    if direct is None or direct not in _passed:
+        _check(qkv, q_weight, k_weight, rope, text_kv, eps)
+        if direct is not None:
+            _passed.add(direct)
+    forced = backends.forced_backend()
+    if direct is None:
+        q, k, v = torch.ops.pixnerd.qk_norm_rope(qkv, q_weight, k_weight, rope, text_kv, eps, forced)
+    else:
+        arguments = (qkv, q_weight, k_weight, rope, text_kv, float(eps), forced)
+        q, k, v = run(_QkNormRope, _forward, *arguments)
+    return q, k, v
+
+
+def _check(qkv: Any, q_weight: Any, k_weight: Any, rope: Any, text_kv: Any, eps: object) -> None:
+    problems = Problems("qk_norm_rope")
     others = [("q_weight", q_weight), ("k_weight", k_weight), ("rope", rope), ("text_kv", text_kv)]
     readable = problems.tensor("qkv", qkv, 5, "[B, L, 3, heads, d]")
     if readable and (qkv.shape[2] != 3 or qkv.shape[4] == 0):
@@ -61,7 +89,7 @@ def qk_norm_rope(
         readable = False
     for name, weight in others[:2]:
         fits = problems.tensor(name, weight, 1, "[d]") and readable
-        if fits and weight.shape[0] != qkv.shape[4]:  # type: ignore[union-attr]
+        if fits and weight.shape[0] != qkv.shape[4]:
             problems.add(name, f"[{qkv.shape[4]}], one weight for each channel of a head", weight)
     if rope is not None and problems.tensor("rope", rope, 3, "[L, d / 2, 2]"):
         _check_rope(problems, rope, qkv if readable else None)
@@ -73,10 +101,6 @@ def qk_norm_rope(
     problems.same_device("qkv", qkv, others)
     problems.number("eps", eps)
     problems.raise_if_any()
-    q, k, v = torch.ops.pixnerd.qk_norm_rope(
-        qkv, q_weight, k_weight, rope, text_kv, eps, backends.forced_backend()
-    )
-    return q, k, v
 
 
 def _check_rope(problems: Problems, rope: Tensor, qkv: Tensor | None) -> None:
@@ -91,16 +115,7 @@ def _check_rope(problems: Problems, rope: Tensor, qkv: Tensor | None) -> None:
 
 def _backend(qkv: Tensor, forced: str) -> Any:
     """The module whose forward and backward run the op."""
-    name = backends.select("qk_norm_rope", qkv.device, qkv.dtype, forced)
-    if name == "cpu":
-        from pixnerd_kernels.ops.qk_norm_rope import cpu
-
-        return cpu
-    if name == "triton":
-        from pixnerd_kernels.ops.qk_norm_rope import triton
-
-        return triton
-    return reference
+    return module("qk_norm_rope", backends.select("qk_norm_rope", qkv.device, qkv.dtype, forced))
 
 
 def _forward(qkv, q_weight, k_weight, rope, text_kv, eps, forced):  # type: ignore[no-untyped-def]
@@ -108,12 +123,16 @@ def _forward(qkv, q_weight, k_weight, rope, text_kv, eps, forced):  # type: igno
         return _backend(qkv, forced).forward(qkv, q_weight, k_weight, rope, text_kv, eps)
 
 
-def _backward(grad_q, grad_k, grad_v, qkv, q_weight, k_weight, rope, text_kv, eps, forced):  # type: ignore[no-untyped-def]
+def _gradients(grad_q, grad_k, grad_v, qkv, q_weight, k_weight, rope, text_kv, eps, forced):  # type: ignore[no-untyped-def]
     with torch._C._DisableAutocast():
-        gradients = _backend(qkv, forced).backward(
+        return _backend(qkv, forced).backward(
             grad_q, grad_k, grad_v, qkv, q_weight, k_weight, rope, text_kv, eps
         )
-    return [qkv.new_empty(0) if g is None else g for g in gradients]
+
+
+def _backward(grad_q, grad_k, grad_v, qkv, *arguments):  # type: ignore[no-untyped-def]
+    found = _gradients(grad_q, grad_k, grad_v, qkv, *arguments)
+    return [qkv.new_empty(0) if g is None else g for g in found]
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -142,23 +161,18 @@ register(
 
 class _QkNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, rope, text_kv, eps, forced):  # type: ignore[no-untyped-def]
+    def forward(ctx, qkv, q_weight, k_weight, rope, text_kv, eps, forced, direct=False):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(qkv, q_weight, k_weight, rope, text_kv)
         ctx.options = (eps, forced)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pixnerd.qk_norm_rope(qkv, q_weight, k_weight, rope, text_kv, eps, forced)
+        arguments = (qkv, q_weight, k_weight, rope, text_kv, eps, forced)
+        return below_autograd("qk_norm_rope", _forward, direct, *arguments)
 
     @staticmethod
     def backward(ctx, grad_q, grad_k, grad_v):  # type: ignore[no-untyped-def]
-        d_qkv, d_q_weight, d_k_weight, d_text = torch.ops.pixnerd.qk_norm_rope_backward(
-            grad_q, grad_k, grad_v, *ctx.saved_tensors, *ctx.options
+        d_qkv, d_q_weight, d_k_weight, d_text = gradients(
+            "qk_norm_rope_backward", _gradients, grad_q, grad_k, grad_v, *ctx.saved_tensors, *ctx.options
         )
-        gradients = (d_qkv, d_q_weight, d_k_weight, None, d_text)
-        return (
-            *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)),
-            None,
-            None,
-        )
+        return wanted((d_qkv, d_q_weight, d_k_weight, None, d_text), ctx.needs_input_grad)
 
 
 register_autograd("qk_norm_rope", _QkNormRope.apply)

@@ -10,9 +10,20 @@ from torch import Tensor
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.dtypes import autocast
-from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
+from pixnerd_kernels.ops.library import (
+    Passed,
+    below_autograd,
+    gradients,
+    module,
+    plain,
+    refuse_gradients,
+    register,
+    register_autograd,
+    run,
+)
 from pixnerd_kernels.ops.native import fresh
-from pixnerd_kernels.ops.swiglu import reference
+
+_passed = Passed()
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -36,8 +47,31 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
     Source: the official PixNerd's feed-forward layer (arXiv 2002.05202).
     """
-    problems = Problems("swiglu")
     gate, up = autocast(gate, up)
+    direct = plain(gate, up)
+    if direct is None or direct not in _passed:
+        _check(gate, up)
+        if direct is not None:
+            _passed.add(direct)
+    forced = backends.forced_backend()
+    shape = gate.shape
+    if len(shape) != 2:
+        gate, up = _flat(gate), None if up is None else _flat(up)
+    out: Tensor
+    if up is None:
+        if direct is None:
+            out = torch.ops.pixnerd.swiglu_packed(gate, forced)
+        else:
+            out = run(_SwigluPacked, _packed_forward, gate, forced)
+    elif direct is None:
+        out = torch.ops.pixnerd.swiglu(gate, up, forced)
+    else:
+        out = run(_Swiglu, _forward, gate, up, forced)
+    return out if len(shape) == 2 else out.view(*shape[:-1], out.shape[1])
+
+
+def _check(gate: Any, up: Any) -> None:
+    problems = Problems("swiglu")
     rank = max(gate.dim(), 1) if isinstance(gate, Tensor) else 1
     readable = problems.tensor("gate", gate, rank, "[..., F]")
     if up is None:
@@ -48,13 +82,6 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     problems.same_dtype("gate", gate, [("up", up)])
     problems.same_device("gate", gate, [("up", up)])
     problems.raise_if_any()
-    forced = backends.forced_backend()
-    *lead, width = gate.shape
-    if up is None:
-        out: Tensor = torch.ops.pixnerd.swiglu_packed(_flat(gate), forced)
-        return out.view(*lead, width // 2)
-    out = torch.ops.pixnerd.swiglu(_flat(gate), _flat(up), forced)
-    return out.view(*lead, width)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -66,16 +93,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _backend(gate: Tensor, forced: str) -> Any:
     """The module whose forward and backward run the op."""
-    name = backends.select("swiglu", gate.device, gate.dtype, forced)
-    if name == "cpu":
-        from pixnerd_kernels.ops.swiglu import cpu
-
-        return cpu
-    if name == "triton":
-        from pixnerd_kernels.ops.swiglu import triton
-
-        return triton
-    return reference
+    return module("swiglu", backends.select("swiglu", gate.device, gate.dtype, forced))
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,12 +117,20 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor, forced: str) -> list[Tenso
 
 
 def _packed_forward(x: Tensor, forced: str) -> Tensor:
-    return _forward(*_halves(x), forced)
+    backend = _backend(x, forced)
+    # Where a backend takes packed tensors itself, there are no views to make.
+    run_packed = getattr(backend, "packed_forward", None)
+    out: Tensor = run_packed(x) if run_packed else backend.forward(*_halves(x))
+    return out
 
 
 def _packed_backward(grad: Tensor, x: Tensor, forced: str) -> Tensor:
+    backend = _backend(x, forced)
+    if run_packed := getattr(backend, "packed_backward", None):
+        packed: Tensor = run_packed(grad, x)
+        return packed
     dx = fresh(_empty(x))
-    _backend(x, forced).backward(grad, *_halves(x), *_halves(dx))
+    backend.backward(grad, *_halves(x), *_halves(dx))
     return dx
 
 
@@ -128,28 +154,28 @@ register(
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, forced):  # type: ignore[no-untyped-def]
+    def forward(ctx, gate, up, forced, direct=False):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up)
         ctx.forced = forced
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pixnerd.swiglu(gate, up, forced)
+        return below_autograd("swiglu", _forward, direct, gate, up, forced)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return *torch.ops.pixnerd.swiglu_backward(grad, *ctx.saved_tensors, ctx.forced), None
+        found = gradients("swiglu_backward", _backward, grad, *ctx.saved_tensors, ctx.forced)
+        return *found, None, None
 
 
 class _SwigluPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, forced):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, forced, direct=False):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.forced = forced
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pixnerd.swiglu_packed(x, forced)
+        return below_autograd("swiglu_packed", _packed_forward, direct, x, forced)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return torch.ops.pixnerd.swiglu_packed_backward(grad, *ctx.saved_tensors, ctx.forced), None
+        found = gradients("swiglu_packed_backward", _packed_backward, grad, *ctx.saved_tensors, ctx.forced)
+        return found, None, None
 
 
 register_autograd("swiglu", _Swiglu.apply)

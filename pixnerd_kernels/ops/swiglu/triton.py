@@ -1,9 +1,11 @@
-"""The Triton kernels of `swiglu`: tiles of rows and columns, each read once and written once.
+"""The Triton kernel of `swiglu`: tiles of rows and columns, each read once and written once.
 
-Both work at the speed of memory, so that the accurate exponential costs nothing. Not run on a GPU yet.
+Forward and backward work at the speed of memory, so that the accurate exponential costs nothing. Not run on a GPU yet.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -11,62 +13,64 @@ import triton.language as tl
 from torch import Tensor
 
 from pixnerd_kernels.checks import describe
-from pixnerd_kernels.ops.gpu.launch import Options, emulates, interpreting, launch
+from pixnerd_kernels.ops.gpu.launch import Options, ceil_div, emulates, interpreting, launch, power_of_two
 from pixnerd_kernels.ops.gpu.pieces import activate, activate_with_slope, load_tile, store_tile
 from pixnerd_kernels.ops.native import dense_rows
 
-#: Numbers of a tile; in the interpreter a program costs what its entries do not.
+#: Numbers of a tile, 16 a thread; in the interpreter a program costs what its entries do not.
 _TILE, _TILE_INTERPRETED = 2048, 32768
+_OPTIONS = Options(4)
 
 
 @triton.jit
 def swiglu_tiles(
-    gate, up, grad, out, d_gate, d_up, rows, gate_row, up_row, grad_row, d_gate_row, d_up_row,
+    gate, up, grad, out, d_gate, d_up, rows, gate_row, up_row, grad_row, out_row, up_first,
     COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARD: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, COLUMNS], or where BACKWARD d_gate and d_up; each tensor has a row stride of its own."""
+    """out [rows, COLUMNS], or where BACKWARD d_gate and d_up, with row strides; up and d_up begin at up_first.
+
+    out_row is the stride of what is written. A packed tensor is both gate and up.
+    """
     blocks = (COLUMNS + BLOCK_C - 1) // BLOCK_C
     row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    z = load_tile(gate, row, gate_row, column, rows, COLUMNS).to(tl.float32)
-    u = load_tile(up, row, up_row, column, rows, COLUMNS).to(tl.float32)
+    z = load_tile(gate, row, gate_row, column, rows, COLUMNS)
+    u = load_tile(up + up_first, row, up_row, column, rows, COLUMNS)
     if BACKWARD:
         g = load_tile(grad, row, grad_row, column, rows, COLUMNS).to(tl.float32)
-        silu, slope = activate_with_slope(z, "silu", False)
-        store_tile(d_gate, row, d_gate_row, column, rows, COLUMNS, g * u * slope, EMULATE)
-        store_tile(d_up, row, d_up_row, column, rows, COLUMNS, g * silu, EMULATE)
+        silu, slope = activate_with_slope(z.to(tl.float32), "silu", False)
+        d_u = g * silu
+        g *= u.to(tl.float32) * slope
+        store_tile(d_gate, row, out_row, column, rows, COLUMNS, g, EMULATE)
+        store_tile(d_up + up_first, row, out_row, column, rows, COLUMNS, d_u, EMULATE)
     else:
-        store_tile(out, row, COLUMNS, column, rows, COLUMNS, activate(z, "silu", False) * u, EMULATE)
+        silu = activate(z.to(tl.float32), "silu", False)
+        store_tile(out, row, out_row, column, rows, COLUMNS, silu * u.to(tl.float32), EMULATE)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(rows: int, columns: int) -> tuple[tuple[int], int, int]:
+    """The grid, and rows and columns of a tile: as wide as pads the columns by an eighth at most."""
+    tile = _TILE_INTERPRETED if interpreting() else _TILE
+    block_c = min(power_of_two(columns), tile)
+    while block_c > 64 and 8 * ceil_div(columns, block_c) * block_c > 9 * columns:
+        block_c //= 2
+    block_r = min(power_of_two(rows), tile // block_c)
+    return (ceil_div(rows, block_r) * ceil_div(columns, block_c),), block_r, block_c
 
 
 def _run(
-    gate: Tensor,
-    up: Tensor,
-    grad: Tensor | None,
-    out: Tensor | None,
-    d_gate: Tensor | None,
-    d_up: Tensor | None,
-) -> None:
-    """Launch forward (into out) or backward (into d_gate and d_up); all [rows, columns]."""
-    gate, up = dense_rows(gate), dense_rows(up)
-    grad = None if grad is None else dense_rows(grad)
-    rows, columns = gate.shape
-    tile = _TILE_INTERPRETED if interpreting() else _TILE
-    block_c = min(triton.next_power_of_2(max(columns, 1)), tile // 2)
-    block_r = min(triton.next_power_of_2(max(rows, 1)), tile // block_c)
-    unused = gate
-    tensors = {
-        name: unused if tensor is None else tensor
-        for name, tensor in {"grad": grad, "out": out, "d_gate": d_gate, "d_up": d_up}.items()
-    }
-    strides = {
-        f"{name}_row": tensor.stride(0)
-        for name, tensor in {"gate": gate, "up": up, **tensors}.items()
-        if name != "out"
-    }
+    gate: Tensor, up: Tensor, up_first: int, columns: int,
+    grad: Tensor | None, out: Tensor, d_up: Tensor,
+) -> None:  # fmt: skip
+    """Launch forward into out, or backward into out (as d_gate) and d_up; all have rows of their own stride."""
+    rows = gate.shape[0]
+    grid, block_r, block_c = _plan(rows, columns)
     launch(
-        swiglu_tiles, (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),), gate.device, Options(4),
-        gate=gate, up=up, **tensors, rows=rows, **strides,
+        swiglu_tiles, grid, gate.device, _OPTIONS,
+        gate=gate, up=up, grad=gate if grad is None else grad, out=out, d_gate=out, d_up=d_up, rows=rows,
+        gate_row=gate.stride(0), up_row=up.stride(0), grad_row=0 if grad is None else grad.stride(0),
+        out_row=out.stride(0), up_first=up_first,
         COLUMNS=columns, BLOCK_R=block_r, BLOCK_C=block_c, BACKWARD=grad is not None, EMULATE=emulates(gate.dtype),
     )  # fmt: skip
 
@@ -76,12 +80,35 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     if up.shape != gate.shape or up.dtype != gate.dtype:
         raise ValueError(f"up: expected {list(gate.shape)} {gate.dtype}, got {describe(up)}")
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    _run(gate, up, None, out, None, None)
+    _run(dense_rows(gate), dense_rows(up), 0, gate.shape[1], None, out, out)
     return out
 
 
 def backward(grad: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
-    """Write the gradients of gate and up."""
-    if grad.shape != gate.shape or grad.dtype != gate.dtype:
-        raise ValueError(f"grad: expected {list(gate.shape)} {gate.dtype}, got {describe(grad)}")
-    _run(gate, up, grad, None, d_gate, d_up)
+    """Write the gradients of gate and up, which have the same strides."""
+    _check_gradient(grad, gate.shape, gate)
+    _run(dense_rows(gate), dense_rows(up), 0, gate.shape[1], dense_rows(grad), d_gate, d_up)
+
+
+def packed_forward(x: Tensor) -> Tensor:
+    """silu(x[:, :F]) * x[:, F:], [rows, F] in x's dtype, contiguous."""
+    x = dense_rows(x)
+    half = x.shape[1] // 2
+    out = x.new_empty((x.shape[0], half))
+    _run(x, x, half, half, None, out, out)
+    return out
+
+
+def packed_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x, packed like it, contiguous."""
+    half = x.shape[1] // 2
+    _check_gradient(grad, (x.shape[0], half), x)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x = dense_rows(x)
+    _run(x, x, half, half, dense_rows(grad), dx, dx)
+    return dx
+
+
+def _check_gradient(grad: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if grad.shape != shape or grad.dtype != like.dtype:
+        raise ValueError(f"grad: expected {list(shape)} {like.dtype}, got {describe(grad)}")
