@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import made_up_gpu
 import pytest
 import torch
 
 # Last, so that an installed package is not shadowed by the checkout.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import claims
+from benchmarks import claims, device_time
 from benchmarks.__main__ import main
 from benchmarks.baselines.networks import NETWORKS
-from benchmarks.claims import costs, jobs, tables, worker
+from benchmarks.claims import costs, jobs, measure, tables, worker
 from benchmarks.claims.models import MODELS
+from pixnerd_kernels.diffusion import graphs
 
 TINY = jobs.Effort(seconds=0.01, least=1, most=1)
 
@@ -183,3 +186,100 @@ def test_without_diffusers_it_says_what_to_install(
     monkeypatch.setattr(claims.importlib.util, "find_spec", lambda name: None)
     assert main(["claims"]) == 2
     assert "pixnerd-kernels[claims]" in capsys.readouterr().err
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's measurements on the CPU, with graphs uncompiled."""
+    made_up_gpu.install(monkeypatch)
+    monkeypatch.setattr(device_time, "BACK_TO_BACK", (0.0, 1, 1))
+
+    def capture(function: Any) -> Any:
+        output = function().clone()
+        return output, lambda: output.copy_(function())
+
+    class Decoder(torch.nn.Conv2d):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    small = replace(NETWORKS["VAE-decoder"], build=lambda: Decoder(4, 3, 1))
+    monkeypatch.setitem(NETWORKS, "VAE-decoder", small)
+    monkeypatch.setattr(worker, "_counts", lambda job: {"parameters": 15, "gflop": 1.0, "bytes": 30})
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **options: compiled(*args, **options, backend="eager")
+    )
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(worker, "measure", lambda calls, device, effort: measure.on_gpu(calls, effort))
+
+
+def test_a_gpu_s_providers_are_measured_and_tabled(gpu: None) -> None:
+    torch._dynamo.reset()
+    pixnerd = jobs.Job("PixNerd-L/16", jobs.PROVIDERS, TINY, (1, 2, 4), dtype="bfloat16", smoke=True)
+    providers = ("eager", "compile", "compile-graph")
+    decoder = jobs.Job("VAE-decoder", providers, TINY, (1, 4), smoke=True)
+    results = [worker.run_job(job) for job in (pixnerd, decoder)]
+    for job, result in zip((pixnerd, decoder), results, strict=True):
+        assert result["status"] == "ok", result
+        assert set(result["providers"]) == set(job.providers)
+        for entry in result["providers"].values():
+            assert all(entry["batches"]["4"][f"{clock}_s"] > 0 for clock in ("median", "device", "latency"))
+    for name in ("ADM-256", "ADM-classifier"):
+        results.append(measured(name, 2.0, b4=4.0))
+        for batch in results[-1]["providers"]["eager"]["batches"].values():
+            batch["device_s"] = batch["median_s"] / 2
+    where = {"command": "a test", "cpu": "", "threads": 1, "isa": "", "torch": "", "python": "", "commit": None,
+             "dirty": None, "date": "2026-01-01"}  # fmt: skip
+    text = tables.markdown({"results": results, "provenance": where})
+    assert "PixNerd-L/16, ours-graph: ADM-G 256, eager" in text
+    assert "## The same of the device's time alone" in text
+    assert "## The same of an image's share of 4 at a time" in text
+    assert "device s" in text
+
+
+def test_a_provider_that_fails_on_a_gpu_leaves_the_others(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(function: Any) -> Any:
+        raise RuntimeError("no capture")
+
+    monkeypatch.setattr(graphs, "capture", fails)
+    job = jobs.Job("VAE-decoder", ("eager", "compile-graph"), TINY, (1, 2), smoke=True)
+    result = worker.run_job(job)
+    assert result["status"] == "error"
+    assert "no capture" in result["providers"]["compile-graph"]["reason"]
+    assert result["providers"]["eager"]["batches"]["2"]["device_s"] > 0
+    assert "no capture" in "".join(tables.failures({"results": [result]}))
+
+
+def test_another_clock_and_a_share_of_a_batch() -> None:
+    results = {"PixNerd-L/16": measured("PixNerd-L/16", 2.0, b2=3.0, b8=8.0)}
+    batches = results["PixNerd-L/16"]["providers"]["eager"]["batches"]
+    batches["2"]["device_s"] = 1.5
+    batches["8"]["device_s"] = 4.0
+    assert costs.gpu_batches(results) == [8]
+    name = "PixNerd-L/16"
+    assert costs.network_cost(costs.view(results, "device_s"), name, 2, "eager") == costs.Cost(1.5)
+    assert costs.network_cost(costs.view(results, "device_s"), name, 1, "eager") is None
+    assert costs.network_cost(costs.view(results, images=8), name, 2, "eager") == costs.Cost(2.0)
+    assert costs.network_cost(costs.view(results, "device_s", 8), name, 1, "eager") == costs.Cost(0.5)
+    assert batches["2"]["median_s"] == 3.0
+
+
+def test_what_a_gpu_compiles_and_runs() -> None:
+    def batches(name: str) -> tuple[int, ...]:
+        return jobs.compiled_batches(jobs.Job(name, (), TINY, jobs.batches(name, [32]), "cuda"))
+
+    assert batches("PixNerd-L/16") == (1, 2)
+    assert batches("ADM-256") == batches("VAE-decoder") == (1,)
+    assert batches("DiT-XL/2") == batches("PixelFlow-256") == (2,)
+    assert "ours-graph" in jobs.select_providers([], "cuda")
+    assert jobs.select_providers([], "cpu") == ["eager", "compile", "ours"]
+    with pytest.raises(ValueError, match="'ours-graph'"):
+        jobs.select_providers(["ours-graph"], "cpu")
+
+
+def test_cases_are_compiled_side_by_side_first(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[str] = []
+    monkeypatch.setattr(claims, "_prepare_process", lambda job: prepared.append(job.name) or 1)
+    code, _ = run("--case", "block-noise", "PixelFlow-32", "--compile-baselines", "--prepare", "2", launch=lambda job: {
+        "case": job.name, "status": "ok", "providers": {}})  # fmt: skip
+    assert (code, prepared) == (0, ["PixelFlow-32"])

@@ -4,7 +4,7 @@ Norm-wise for every tensor:  ||out - exact|| <= 2 ||plain - exact|| + 4 eps(dtyp
 formula in plain PyTorch at the dtype of `out`, and exact the same formula in float64 on the same rounded inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -33,6 +33,23 @@ def assert_within(
         if not error <= limit:  # so that NaN is wrong
             wrong.append(f"{name}: error {error:.3e} > limit {limit:.3e}")
     assert not wrong, "; ".join(wrong)
+
+
+def assert_same(
+    out: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    bits: bool,
+    references: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+) -> None:
+    """Two results have the same bits; unless `bits`, each lies within the tolerance of `references()`: plain, exact."""
+    assert out.keys() == other.keys()
+    if bits:
+        for name, tensor in out.items():
+            assert torch.equal(tensor, other[name]), name
+        return
+    chosen = [{name: reference[name] for name in out} for reference in references()]
+    for each in (out, other):
+        assert_within(each, *chosen)
 
 
 def relative(out: Tensor, expected: Tensor) -> float:

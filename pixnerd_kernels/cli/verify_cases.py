@@ -162,7 +162,12 @@ def _field_case(size: tuple[int, int, int], gated: bool, packed: bool, options: 
                 inputs["w_gate"] = draw(patches, channels, hidden)
         if normed:
             inputs["norm_weight"] = 1 + draw(channels) / 4
-        return compare(inputs, draw(patches, pixels, channels))
+        results = compare(inputs, draw(patches, pixels, channels))
+        if options.get("activation") == "relu" and dtype.itemsize == 2:
+            # relu's slope jumps at zero, where half types round some hidden values to either side: one of them is a
+            # gradient's error of several percent. float32 tells whether the gradients are right.
+            return [result for result in results if result.name == "output"]
+        return results
 
     name = "neural_field_mlp_packed" if packed else "neural_field_mlp"
     label = f"S={pixels} D1={channels} D2={hidden}{' gated' if gated else ''} {dict(options) or ''}".rstrip()

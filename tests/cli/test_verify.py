@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pixnerd_kernels import backends
-from pixnerd_kernels.cli import main, plain, verify_cases
+from pixnerd_kernels.cli import main, plain, verify, verify_cases
 from pixnerd_kernels.ops.coordinate_encoding import reference as encoding_reference
 from pixnerd_kernels.ops.gated_residual import reference as residual_reference
 from pixnerd_kernels.ops.modulated_rms_norm import reference as norm_reference
@@ -99,6 +99,42 @@ def test_a_backend_that_cannot_run_is_no_success(few_cases, monkeypatch, capsys)
     out, err = capsys.readouterr()
     assert "the moon is full" in out
     assert "cannot run any op" in err
+
+
+def test_processes_side_by_side_measure_the_same():
+    """As on a GPU, where each run compiles its own kernels."""
+    every = list(verify_cases.cases())
+    chosen = [0, next(i for i, case in enumerate(every) if case.op == "swiglu")]
+    where = verify.Where("reference", torch.device("cpu"), torch.bfloat16)
+    there = verify._measure_side_by_side([(index, where) for index in chosen])
+    for index, errors in zip(chosen, there, strict=True):
+        here = verify._measure(every[index], where)
+        assert [name for name, *_ in errors] == [name for name, *_ in here]
+        torch.testing.assert_close([e[1:] for e in errors], [e[1:] for e in here])
+    assert verify._measure_side_by_side([]) == []
+
+
+def test_runs_on_a_gpu_are_measured_side_by_side(few_cases, monkeypatch):
+    """The rows and misses of what the processes measured; this machine need not have a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        backends,
+        "not_supported_reasons",
+        lambda op, backend, device, dtype: [] if device.type == "cuda" else ["no GPU"],
+    )
+    seen = []
+
+    def measured(runs):
+        seen.extend(runs)
+        return [[("output", 2.0 if run == runs[-1] else 0.5, 1e-7)] for run in runs]
+
+    monkeypatch.setattr(verify, "_measure_side_by_side", measured)
+    data = verify.collect("triton")
+    assert len(seen) == len(set(seen)) == len(data["rows"]) == 4 * len(few_cases)
+    assert not data["passed"]
+    assert [row["passed"] for row in data["rows"]] == [True] * (len(seen) - 1) + [False]
+    (miss,) = data["misses"]
+    assert (miss["tensor"], miss["of_bound"], miss["device"]) == ("output", 2.0, "cuda")
 
 
 def test_table_tells_op_backend_dtype_and_error(few_cases, capsys):

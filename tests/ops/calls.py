@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fields import drawn
 from tolerance import assert_within
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,11 @@ from pixnerd_kernels import use_backend
 
 Tensors = dict[str, Tensor]
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def by_name(out: Any) -> Tensors:
+    """One result or several as "out0" and so on."""
+    return {f"out{i}": t for i, t in enumerate(out if isinstance(out, (tuple, list)) else (out,))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,25 +48,25 @@ class Call:
         draw = torch.Generator().manual_seed(seed)
         tensors = {}
         for name, shape in self.shapes.items():
-            values = torch.randn(shape, generator=draw, dtype=torch.float64)
+            values = drawn(*shape, generator=draw)
             half = dtype in (torch.bfloat16, torch.float16)
             own = torch.float32 if name in self.weights and self.wide_weights and half else dtype
             tensors[name] = (1 + values / 4 if name in self.weights else values).to(own)
         return tensors
 
+    def fixed(self) -> Tensors:
+        """The constants on torch's default device."""
+        return {name: tensor.to(torch.get_default_device()) for name, tensor in self.constants.items()}
+
     def outputs(self, function: Callable[..., Any], tensors: Tensors) -> Tensors:
         """The results by name, "out0" and so on."""
-        out = function(**tensors, **self.constants)
-        return {f"out{i}": t for i, t in enumerate(out if isinstance(out, (tuple, list)) else (out,))}
+        return by_name(function(**tensors, **self.fixed()))
 
     def upstream(self, dtype: torch.dtype = torch.float32) -> Tensors:
         """The incoming gradients of all outputs."""
         shapes = {name: out.shape for name, out in self.outputs(self.plain, self.inputs()).items()}
         draw = torch.Generator().manual_seed(1)
-        return {
-            name: torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
-            for name, shape in shapes.items()
-        }
+        return {name: drawn(*shape, generator=draw).to(dtype) for name, shape in shapes.items()}
 
     def results(
         self, function: Callable[..., Any], tensors: Mapping[str, Tensor], upstream: Tensors
@@ -81,14 +87,15 @@ class Call:
 @functools.lru_cache(maxsize=256)
 def expected(call: Call, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
     """`Call.expected` of the call's own inputs, computed once for all backends."""
-    return call.expected(call.inputs(dtype), call.upstream(dtype))
+    with torch.device("cpu"):
+        return call.expected(call.inputs(dtype), call.upstream(dtype))
 
 
 def spread(tensor: Tensor) -> Tensor:
     """The same values in memory where no dimension is dense but the last, amid NaN."""
     if tensor.dim() < 2:
         return tensor
-    room = torch.full([size + 1 for size in tensor.shape], torch.nan, dtype=tensor.dtype)
+    room = tensor.new_full([size + 1 for size in tensor.shape], torch.nan)
     view = room[tuple(slice(0, size) for size in tensor.shape)]
     view.copy_(tensor)
     return view
@@ -100,6 +107,7 @@ def sparse(tensor: Tensor) -> Tensor:
 
 
 SENTINEL = 12345.0
+MARGIN = 256  # elements: what lies behind is aligned like a fresh allocation on a GPU
 
 
 @contextlib.contextmanager
@@ -107,25 +115,26 @@ def between_sentinels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]
     """What the ops allocate in here is NaN between sentinels, which have to be there at the end."""
     rooms: list[Tensor] = []
 
-    def room(like, shape, dtype):
-        count = math.prod(shape)
-        rooms.append(torch.full((count + 64,), SENTINEL, dtype=dtype or like.dtype))
-        rooms[-1][32 : count + 32] = torch.nan
-        return rooms[-1][32 : count + 32].view(shape)
+    def room(like, shape, dtype=None, device=None):
+        options = {"dtype": dtype or like.dtype, "device": device or like.device}
+        rooms.append(torch.full((math.prod(shape) + 2 * MARGIN,), SENTINEL, **options))
+        inner = rooms[-1][MARGIN:-MARGIN]
+        return inner.fill_(torch.nan).view(shape)
 
-    def empty_like(like, dtype=None, **_):
-        return room(like, tuple(like.shape), dtype)
+    def empty_like(like, *, dtype=None, device=None, memory_format=torch.contiguous_format):
+        assert memory_format is torch.contiguous_format
+        return room(like, tuple(like.shape), dtype, device)
 
-    def new_empty(like, *shape):
-        return room(like, tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape, None)
+    def new_empty(like, *shape, dtype=None, device=None):
+        return room(like, tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape, dtype, device)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty_like", empty_like)
         patch.setattr(torch.Tensor, "new_empty", new_empty)
         yield rooms
     for each in rooms:
-        assert (each[:32] == SENTINEL).all()
-        assert (each[-32:] == SENTINEL).all()
+        assert (each[:MARGIN] == SENTINEL).all()
+        assert (each[-MARGIN:] == SENTINEL).all()
 
 
 class _Recorder(TorchDispatchMode):
@@ -225,7 +234,7 @@ class Matrix:
         tensors, upstream = first.inputs(), first.upstream(torch.bfloat16)
         half = {name: t if name in first.weights else t.bfloat16() for name, t in tensors.items()}
         by_hand = first.results(first.op, half, upstream)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             out = first.results(first.op, tensors, upstream)
         for name, tensor in out.items():
             assert tensor.dtype == (tensors[name].dtype if name in tensors else torch.bfloat16)
@@ -257,9 +266,11 @@ class Matrix:
     def test_export(self, any_isa, first):
         """The exported program holds the op, and runs on another batch size."""
 
+        fixed = first.fixed()
+
         class Block(torch.nn.Module):
             def forward(self, tensors):
-                return tuple(first.outputs(first.op, tensors).values())
+                return tuple(by_name(first.op(**tensors, **fixed)).values())
 
         tensors = first.inputs()
         shapes = {name: None if name in first.weights else {0: torch.export.Dim.AUTO} for name in tensors}

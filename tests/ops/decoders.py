@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from fields import ACTIVATIONS, ALL, Tensors
+from fields import ACTIVATIONS, ALL, Tensors, drawn
 from torch import Tensor
 
-from pixnerd_kernels import DecoderBlockParams, DecoderParams, coordinate_encoding, pixel_decoder
+from pixnerd_kernels import DecoderBlockParams, DecoderParams, coordinate_encoding, pixel_decoder, use_backend
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Case:
         draw = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-            return (shift + scale * torch.randn(*shape, generator=draw, dtype=torch.float64)).to(dtype)
+            return (shift + scale * drawn(*shape, generator=draw)).to(dtype)
 
         embedded = self.c + self.frequencies**2
         tensors = {
@@ -85,7 +85,7 @@ class Case:
     def upstream(self, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
         draw = torch.Generator().manual_seed(seed)
         shape = (self.batch, self.outputs or self.d1, *self.size)
-        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+        return drawn(*shape, generator=draw).to(dtype)
 
     def params(self, tensors: Mapping[str, Tensor]) -> DecoderParams:
         return DecoderParams(
@@ -126,9 +126,9 @@ def plain_decoder(case: Case, tensors: Mapping[str, Tensor]) -> Tensor:
     pixels = F.unfold(image, case.pixels, stride=case.pixels).transpose(1, 2)
     pixels = pixels.reshape(count, case.c, height * width).transpose(1, 2)
     scale = None if case.extent is None else (case.extent / width, case.extent / height)
-    encoding = coordinate_encoding(
-        height, width, case.frequencies, case.encoding, scale=scale, dtype=image.dtype
-    )
+    like = {"dtype": image.dtype, "device": image.device}
+    with use_backend("reference"):
+        encoding = coordinate_encoding(height, width, case.frequencies, case.encoding, scale=scale, **like)
     x = torch.cat([pixels, encoding.expand(count, -1, -1)], -1)
     x = F.linear(x, tensors["embed_weight"], tensors.get("embed_bias"))
 
@@ -192,7 +192,8 @@ def _reversed(case: Case, name: str, tensor: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def expected(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensors, Tensors]:
     """Results of the plain formula at the dtype, and in float64 with every sum in the opposite order."""
-    tensors, upstream = case.inputs(dtype), case.upstream(dtype)
+    with torch.device("cpu"):
+        tensors, upstream = case.inputs(dtype), case.upstream(dtype)
     wide = {name: _reversed(case, name, tensor.double()) for name, tensor in tensors.items()}
     exact = results(functools.partial(plain_decoder, case), wide, _reversed(case, "y", upstream.double()))
     back = {name: _reversed(case, name, tensor) for name, tensor in exact.items()}

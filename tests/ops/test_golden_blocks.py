@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import load
+from golden import load_here
 from tolerance import relative
 
 from benchmarks.baselines.pixnerd import PlainPixNerd, patches
@@ -22,8 +22,7 @@ from pixnerd_kernels.models import load_official
 
 def recorded(name, inputs):
     """Configuration, golden tensors, parameters by name, and the differentiable inputs; both are leaves."""
-    config, golden = load(name)
-    golden = {key: tensor.to(torch.get_default_device()) for key, tensor in golden.items()}
+    config, golden = load_here(name)
     parameters = {
         key.removeprefix("param."): tensor.clone().requires_grad_()
         for key, tensor in golden.items()

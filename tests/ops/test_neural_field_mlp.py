@@ -7,6 +7,7 @@ from fields import (
     ALL,
     FLOATS,
     Case,
+    assert_case_within,
     expected,
     fused_field,
     packed_field,
@@ -14,7 +15,7 @@ from fields import (
     plain_and_exact,
     results,
 )
-from tolerance import assert_within, relative
+from tolerance import assert_same, assert_within, relative
 
 from pixnerd_kernels import neural_field_mlp, neural_field_mlp_packed, split_params
 
@@ -107,19 +108,10 @@ def test_defaults_are_the_official_block(backend):
     "case", [Case(d1=1, d2=5, norm=None), Case(d1=7, d2=1, gated=True), Case(d1=1, d2=1, norm=None)], ids=str
 )
 def test_columns_of_one_number(backend, case, dtype):
-    """A normalised number is its sign: its gradient is zero, up to the rounding of what cancels."""
+    """Normalised to a sign: see `assert_case_within`."""
     tensors, upstream = case.inputs(dtype), case.upstream(dtype)
     out = results(lambda **leaves: fused_field(case, **leaves), tensors, upstream)
-    plain, exact = expected(case, dtype)
-    unit = {name: F.normalize(w, dim=-2) if name in ALL else w for name, w in tensors.items()}
-    _, unscaled = plain_and_exact(case.with_(normalize=()), unit, upstream)
-    for name, w in tensors.items():
-        if name in ALL and w.shape[1] == 1:
-            cancelling = (unscaled[name] / w.double()).norm()
-            limit = 2 * (plain[name].double() - exact[name]).norm() + 4 * torch.finfo(dtype).eps * cancelling
-            assert (out[name].double() - exact[name]).norm() <= limit, name
-        else:
-            assert_within({name: out[name]}, {name: plain[name]}, {name: exact[name]})
+    assert_case_within(case, dtype, out)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -137,7 +129,7 @@ def test_split_params_are_views_in_the_official_order(gated):
 def padded(tensor):
     """The same values in the middle of NaN, with gaps between rows and between patches."""
     shape = [size + 3 for size in tensor.shape]
-    room = torch.full(shape, torch.nan, dtype=tensor.dtype)
+    room = tensor.new_full(shape, torch.nan)
     view = room[tuple(slice(1, 1 + size) for size in tensor.shape)]
     return view.copy_(tensor)
 
@@ -154,7 +146,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", VIEWS, ids=str)
 def test_strided_inputs(backend, case, layout):
-    """Views give the bits of their dense copies, in the output and in every gradient."""
+    """Views give the bits of their dense copies, in the output and in every gradient, where one kernel takes both."""
     lay = LAYOUTS[layout]
     tensors = {name: lay(tensor) if tensor.dim() == 3 else tensor for name, tensor in case.inputs().items()}
     upstream = lay(case.upstream())
@@ -162,10 +154,10 @@ def test_strided_inputs(backend, case, layout):
     dense_upstream = upstream.clone(memory_format=torch.contiguous_format)
     out = results(lambda **leaves: fused_field(case, **leaves), tensors, upstream)
     same = results(lambda **leaves: fused_field(case, **leaves), dense, dense_upstream)
-    assert_within(out, *plain_and_exact(case, dense, dense_upstream))
+    references = plain_and_exact(case, dense, dense_upstream)
+    assert_within(out, *references)
     if backend.compiled:
-        for name, tensor in out.items():
-            assert torch.equal(tensor, same[name]), name
+        assert_same(out, same, backend.one_kernel, lambda: references)
 
 
 def test_norm_weight_with_gaps(backend):
@@ -291,11 +283,10 @@ def test_any_subset_of_gradients(backend, wanted):
     full = results(lambda **leaves: fused_field(case, **leaves), tensors, upstream)
     leaves = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in tensors.items()}
     fused_field(case, **leaves).backward(upstream)
-    for name, leaf in leaves.items():
-        if name in wanted:
-            assert torch.equal(leaf.grad, full[name]), name
-        else:
-            assert leaf.grad is None, name
+    out = {name: leaf.grad for name, leaf in leaves.items() if name in wanted}
+    same = {name: full[name] for name in wanted}
+    assert_same(out, same, backend.one_kernel, lambda: expected(case))
+    assert all(leaf.grad is None for name, leaf in leaves.items() if name not in wanted)
 
 
 @pytest.mark.parametrize("wanted", [["x"], ["params"], ["norm_weight"]])
@@ -305,8 +296,8 @@ def test_any_subset_of_packed_gradients(backend, wanted):
     full = results(lambda **leaves: packed_field(case, **leaves), inputs, upstream)
     leaves = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in inputs.items()}
     packed_field(case, **leaves).backward(upstream)
-    for name in wanted:
-        assert torch.equal(leaves[name].grad, full[name]), name
+    out, same = {name: leaves[name].grad for name in wanted}, {name: full[name] for name in wanted}
+    assert_same(out, same, backend.one_kernel, lambda: tuple(map(packed_inputs, expected(case))))
 
 
 def test_many_patches_over_threads_equal_each_patch_alone(core, threads):

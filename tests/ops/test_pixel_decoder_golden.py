@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import load
+from golden import load_here
 from tolerance import relative
 
 from pixnerd_kernels import DecoderBlockParams, DecoderParams, models, pixel_decoder
@@ -28,7 +28,7 @@ def workspace(generated, patches):
     ],
 )
 def test_models(any_isa, name, variant, scale, patches):
-    _, golden = load(name)
+    _, golden = load_here(name)
     state = {key.removeprefix("param."): value for key, value in golden.items() if key.startswith("param.")}
     model = models.load_official(state, variant=variant)
     blocks = model.decoder.blocks
@@ -51,7 +51,7 @@ def test_models(any_isa, name, variant, scale, patches):
 @chunks
 @pytest.mark.parametrize("name", ["radiance_head_conv", "radiance_head_linear"])
 def test_radiance_heads(any_isa, name, patches):
-    config, golden = load(name)
+    config, golden = load_here(name)
     leaves = {
         key: value.clone().requires_grad_()
         for key, value in golden.items()
