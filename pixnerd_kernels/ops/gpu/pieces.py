@@ -53,9 +53,9 @@ def operand(x, EMULATE: tl.constexpr):
 
 @triton.jit
 def inverse_norm(squares, eps):
-    """1 / max(||w||, eps) from the sum of squares; NaN stays NaN."""
-    norm = tl.sqrt(squares)
-    return 1.0 / tl.where(norm < eps, eps, norm)
+    """1 / max(||w||, eps) from the sum of squares, min(1 / ||w||, 1 / eps); NaN stays NaN."""
+    inverse, most = tl.rsqrt(squares), tl.full(squares.shape, 1.0, tl.float32) / eps
+    return tl.where(inverse > most, most, inverse)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def unit_columns_grad(w, squares, projection, gradient, eps, NORMALIZE: tl.const
     """
     if NORMALIZE:
         scale = inverse_norm(squares, eps)
-        shift = tl.where(tl.sqrt(squares) < eps, 0.0, projection * scale * scale)
+        shift = tl.where(tl.rsqrt(squares) > scale, 0.0, projection * scale * scale)
         gradient = scale[None, :] * (gradient - w.to(tl.float32) * shift[None, :])
     return gradient
 
@@ -150,6 +150,18 @@ def activate_with_slope(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
     """The activation and its derivative."""
     if ACTIVATION == "relu":
         return tl.where(z < 0, 0.0, z), tl.where(z > 0, 1.0, tl.where(z <= 0, 0.0, z))
+    elif FAST:
+        # Beyond 16 both are saturated, but for the error of tanh, which a large z or du must not multiply.
+        least = tl.clamp(z, -16.0, 16.0)
+        if ACTIVATION == "silu":
+            u = 0.5 * z
+            twice_du = 1.0
+        else:
+            u, du = gelu_argument(least)
+            twice_du = 2.0 * du
+        tanh = fast_tanh(u)
+        s = 0.5 + 0.5 * tanh
+        return z * s, s + least * (s * (0.5 - 0.5 * tanh) * twice_du)
     else:
         if ACTIVATION == "silu":
             u = 0.5 * z
@@ -157,13 +169,5 @@ def activate_with_slope(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
         else:
             u, du = gelu_argument(z)
             twice_du = 2.0 * du
-        if FAST:
-            tanh = fast_tanh(u)
-            s = 0.5 + 0.5 * tanh
-            # Where the sigmoid has saturated, an error of tanh must not be multiplied by a large z.
-            saturated = tl.abs(u) > 8.0
-            complement = tl.where(saturated, 0.0, 0.5 - 0.5 * tanh)
-            return z * s, s + tl.where(saturated, 0.0, z * s) * complement * twice_du
-        else:
-            s, complement = sigmoid(2.0 * u)
-            return z * s, s + z * s * complement * twice_du
+        s, complement = sigmoid(2.0 * u)
+        return z * s, s + z * s * complement * twice_du

@@ -17,11 +17,11 @@ _override: Any = None
 
 
 @functools.cache
-def _entries(path: Path) -> dict[str, dict[str, dict[str, int]]]:
+def _entries(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def entry(path: Path, gpu: str, problem: str) -> dict[str, int] | None:
+def entry(path: Path, gpu: str, problem: str) -> dict[str, Any] | None:
     """The committed plan of a problem on this GPU, or None."""
     return _entries(path).get(gpu, {}).get(problem)
 
@@ -43,7 +43,7 @@ def override(plan: Any) -> Iterator[None]:
         _override = before
 
 
-def save(path: Path, gpu: str, problem: str, plan: dict[str, int]) -> None:
+def save(path: Path, gpu: str, problem: str, plan: dict[str, Any]) -> None:
     """Write an entry, replacing that of the same GPU and problem."""
     entries = json.loads(path.read_text()) if path.exists() else {}
     entries.setdefault(gpu, {})[problem] = plan

@@ -57,8 +57,8 @@ def pixel_decoder(
         patch_size: P, the pixels along the side of a patch.
         decoder_scale: (sh, sw); a patch has int(P * sh) x int(P * sw) pixels, which H and W must be multiples of.
         workspace: bytes that generated weights may take at a time (their gradients take the same place); None
-            decodes all patches at once; "auto" is 64 MiB. A chunk has at least one patch. The Triton backend's backward
-            holds 32 MiB of activations beside it.
+            decodes all patches at once; "auto" is 64 MiB, 256 MiB on a GPU. A chunk has at least one patch. The Triton
+            backend holds up to 64 MiB of activations beside it.
         save_weights: keep the generated weights for backward, which is then faster by one product in four.
 
     Returns:

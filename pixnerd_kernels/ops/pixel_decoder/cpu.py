@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pixnerd_kernels.ops.pixel_decoder.chunks import Call
 
 
+at_once = reference.at_once
+
+
 def _operand(tensor: Tensor) -> Strided:
     """A matrix by address and strides; those of a dimension of one do not matter, and may be anything in torch."""
     row, column = (1 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))

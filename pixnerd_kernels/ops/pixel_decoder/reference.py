@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from pixnerd_kernels.ops.pixel_decoder.chunks import Call
 
 
+def at_once(call: Call, training: bool) -> int:
+    """Patches are not counted out: every op takes all of a chunk."""
+    return 1
+
+
 def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out [n, G] = hidden @ weightᵀ + bias."""
     if bias is None:
@@ -45,12 +50,23 @@ def hidden_gradient(total: Tensor, d_generated: Tensor, weight: Tensor, add: boo
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     if total.dtype != a.dtype:
+        # Half types multiply into float32 in one product where torch offers that.
+        if total.device.type == "cuda" and _WIDE_PRODUCTS:
+            if add:
+                torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+            else:
+                torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
+            return
         product = torch.mm(a, b)
         total.add_(product) if add else total.copy_(product)
     elif add:
         total.addmm_(a, b)
     else:
         torch.mm(a, b, out=total)
+
+
+#: From torch 2.8 on, on CUDA.
+_WIDE_PRODUCTS = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def _grid(call: Call, planes: Tensor) -> Tensor:

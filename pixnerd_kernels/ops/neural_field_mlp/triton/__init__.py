@@ -12,7 +12,7 @@ from pixnerd_kernels.ops.gpu.launch import emulates, launch, padded, precision, 
 from pixnerd_kernels.ops.native import dense_rows
 from pixnerd_kernels.ops.neural_field_mlp.shapes import check_gradient, check_weights
 from pixnerd_kernels.ops.neural_field_mlp.triton import kernels
-from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose
+from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose, span
 
 
 def _arguments(
@@ -49,7 +49,7 @@ def _arguments(
         "UNIT1": normalize[0], "UNIT2": normalize[1], "UNIT_GATE": normalize[2],
         "ACTIVATION": activation, "RESIDUAL": residual,
         "FAST": target.fast_tanh and x.dtype != torch.float32,
-        "PRECISION": precision(x.dtype, target), "EMULATE": emulates(x.dtype),
+        "PRECISION": precision(x.dtype, target), "EMULATE": emulates(x.dtype), "AHEAD": plan.ahead,
     }  # fmt: skip
 
 
@@ -106,6 +106,6 @@ def backward(
         patches=problem.patches, grad_patch=grad.stride(0), grad_row=grad.stride(1),
         d1_patch=d1.stride(0), d1_row=d1.stride(1), d2_patch=d2.stride(0), d2_row=d2.stride(1),
         d_gate_patch=d_gate.stride(0), d_gate_row=d_gate.stride(1),
-        NEED_X=need_x, NEED_WEIGHTS=targets[0] is not None,
+        NEED_X=need_x, NEED_WEIGHTS=targets[0] is not None, SPAN=span(problem.pixels),
     )  # fmt: skip
     return dx, None if norm_weight is None else partial.sum(0).to(norm_weight.dtype)

@@ -37,11 +37,17 @@ def forward_patch(
     GATED: tl.constexpr, NORM: tl.constexpr,
     UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Every tiles_apart-th tile of y [pixels, CHANNELS] of one patch; the pointers are its own."""
+    """Every tiles_apart-th tile of y [pixels, CHANNELS] of one patch; the pointers are its own.
+
+    AHEAD: the next tile is loaded before this one is computed.
+    """
     NARROW: tl.constexpr = x.dtype.element_ty
     WHOLE: tl.constexpr = PIECE * PIECES >= HIDDEN
+    if AHEAD:
+        rows = first_tile * TILE + tl.arange(0, TILE)
+        following = load_tile(x, rows, x_row, channels, pixels, CHANNELS)
     if WHOLE:
         scaled1, scaled_gate, raw2, squares = load_weights(
             w1, w2, w_gate, w1_row, w2_row, gate_row, weight, weight_eps, 0,
@@ -49,7 +55,11 @@ def forward_patch(
         )  # fmt: skip
     for start in range(first_tile * TILE, pixels, tiles_apart * TILE):
         rows = start + tl.arange(0, TILE)
-        tile = load_tile(x, rows, x_row, channels, pixels, CHANNELS)
+        if AHEAD:
+            tile = following
+            following = load_tile(x, rows + tiles_apart * TILE, x_row, channels, pixels, CHANNELS)
+        else:
+            tile = load_tile(x, rows, x_row, channels, pixels, CHANNELS)
         n, _ = field_input(tile, rows < pixels, norm_eps, NORM, CHANNELS, NARROW, EMULATE)
         out = tl.zeros([TILE, BLOCK_C], tl.float32)
         if WHOLE:
@@ -84,7 +94,7 @@ def neural_field_mlp_forward(
     GATED: tl.constexpr, NORM: tl.constexpr,
     UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y of patch program_id(0); the programs along axis 1 share its tiles."""
     patch = tl.program_id(0).to(tl.int64)
@@ -94,8 +104,107 @@ def neural_field_mlp_forward(
         y + patch * pixels * CHANNELS, load_norm(norm_weight, norm_step, channels, NORM, CHANNELS),
         channels, pixels, tl.program_id(1), tl.num_programs(1), norm_eps, weight_eps, x_row, w1_row, w2_row, gate_row,
         CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
-        ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE,
+        ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD,
     )  # fmt: skip
+
+
+@triton.jit
+def backward_tiles(
+    grad, x, dx, scratch_x, scaled1, scaled2, scaled_gate, channels, begin, end, pixels, first, norm_eps,
+    grad_row: tl.constexpr, x_row: tl.constexpr,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    GATED: tl.constexpr, NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """One chunk of hidden units on pixels begin ... end: dx; the sums for w1, w2 and w_gate, each [H, C] a piece."""
+    NARROW: tl.constexpr = x.dtype.element_ty
+    CHUNK: tl.constexpr = PIECE * PIECES
+    CHUNKS: tl.constexpr = (HIDDEN + CHUNK - 1) // CHUNK
+    sum1 = ()
+    sum2 = ()
+    sum_gate = ()
+    for _ in tl.static_range(PIECES):
+        sum1 = sum1 + (tl.zeros([PIECE, BLOCK_C], tl.float32),)
+        sum2 = sum2 + (tl.zeros([PIECE, BLOCK_C], tl.float32),)
+        if GATED:
+            sum_gate = sum_gate + (tl.zeros([PIECE, BLOCK_C], tl.float32),)
+    if AHEAD:
+        rows = begin + tl.arange(0, TILE)
+        next_tile = load_tile(x, rows, x_row, channels, end, CHANNELS)
+        next_g = load_tile(grad, rows, grad_row, channels, end, CHANNELS)
+    for start in range(begin, end, TILE):
+        rows = start + tl.arange(0, TILE)
+        if AHEAD:
+            tile = next_tile
+            g = next_g
+        else:
+            tile = load_tile(x, rows, x_row, channels, end, CHANNELS)
+            g = load_tile(grad, rows, grad_row, channels, end, CHANNELS)
+        n, r = field_input(tile, rows < pixels, norm_eps, NORM, CHANNELS, NARROW, EMULATE)
+        g_operand = operand(g, EMULATE)
+        next1 = ()
+        next2 = ()
+        next_gate = ()
+        d_hidden = ()
+        d_gate = ()
+        for p in tl.static_range(PIECES):
+            h, dz, da = field_hidden_grad(
+                n, g_operand, scaled1[p], scaled2[p], scaled_gate[p],
+                GATED, ACTIVATION, FAST, PRECISION, NARROW, EMULATE,
+            )  # fmt: skip
+            if NEED_WEIGHTS:
+                next2 = next2 + (tl.dot(h, g_operand, sum2[p], input_precision=PRECISION),)
+            else:
+                next2 = next2 + (sum2[p],)
+            if NEED_WEIGHTS or NORM:
+                next1 = next1 + (tl.dot(dz, n, sum1[p], input_precision=PRECISION),)
+                if GATED:
+                    next_gate = next_gate + (tl.dot(da, n, sum_gate[p], input_precision=PRECISION),)
+            else:
+                next1 = next1 + (sum1[p],)
+                if GATED:
+                    next_gate = next_gate + (sum_gate[p],)
+            d_hidden = d_hidden + (dz,)
+            d_gate = d_gate + (da,)
+        sum1 = next1
+        sum2 = next2
+        sum_gate = next_gate
+        if AHEAD:
+            # Here, where the fewest registers are taken.
+            next_tile = load_tile(x, rows + TILE, x_row, channels, end, CHANNELS)
+            next_g = load_tile(grad, rows + TILE, grad_row, channels, end, CHANNELS)
+        if NEED_X:
+            d_unit = tl.zeros([BLOCK_C, TILE], tl.float32)
+            for p in tl.static_range(PIECES):
+                d_unit = tl.dot(scaled1[p], d_hidden[p], d_unit, input_precision=PRECISION)
+                if GATED:
+                    d_unit = tl.dot(scaled_gate[p], d_gate[p], d_unit, input_precision=PRECISION)
+            d_unit = tl.trans(d_unit)
+            if CHUNKS > 1:
+                waiting = scratch_x + rows[:, None].to(tl.int64) * BLOCK_C + channels[None, :]
+                inside = (rows[:, None] < pixels) & (channels[None, :] < BLOCK_C)
+                if first > 0:
+                    d_unit += tl.load(waiting, mask=inside, other=0.0)
+                if first + CHUNK < HIDDEN:
+                    tl.store(waiting, d_unit, mask=inside)
+            if first + CHUNK >= HIDDEN:
+                if NORM:
+                    d_unit = rms_norm_grad(d_unit, tile.to(tl.float32) * r[:, None], r, CHANNELS)
+                if RESIDUAL:
+                    d_unit += g.to(tl.float32)
+                store_tile(dx, rows, CHANNELS, channels, pixels, CHANNELS, d_unit, EMULATE)
+    return sum1, sum2, sum_gate
+
+
+@triton.jit
+def added(a, b):
+    """The sums of two tuples of tiles, tile by tile."""
+    out = ()
+    for k in tl.static_range(len(a)):
+        out = out + (a[k] + b[k],)
+    return out
 
 
 @triton.jit
@@ -109,9 +218,14 @@ def backward_patch(
     GATED: tl.constexpr, NORM: tl.constexpr,
     UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Every gradient of one patch; the pointers are its own. The weights' gradients may take the weights' own place."""
+    """Every gradient of one patch; the pointers are its own. The weights' gradients may take the weights' own place.
+
+    Hidden values are held as [H, T]: products then have hidden units for rows, as many as the widest tensor-core
+    instructions want whatever the tile, and those for the weights take them from registers. SPAN is 0, or the number of
+    pixels that are added up before they join the sum of all, which would lose digits in long sums.
+    """
     NARROW: tl.constexpr = x.dtype.element_ty
     CHUNK: tl.constexpr = PIECE * PIECES
     CHUNKS: tl.constexpr = (HIDDEN + CHUNK - 1) // CHUNK
@@ -131,95 +245,70 @@ def backward_patch(
             squares2 = part
         scale2 = tl.where(channels < CHANNELS, inverse_norm(squares2, weight_eps), 0.0)
         scaled2 = ()
-        sum1 = ()
-        sum2 = ()
-        sum_gate = ()
         for p in tl.static_range(PIECES):
             if UNIT2:
                 scaled = narrow(raw2[p].to(tl.float32) * scale2[None, :], NARROW, EMULATE)
             else:
                 scaled = operand(raw2[p], EMULATE)
             scaled2 = scaled2 + (scaled,)
-            sum1 = sum1 + (tl.zeros([BLOCK_C, PIECE], tl.float32),)
-            sum2 = sum2 + (tl.zeros([PIECE, BLOCK_C], tl.float32),)
-            if GATED:
-                sum_gate = sum_gate + (tl.zeros([BLOCK_C, PIECE], tl.float32),)
-        for start in range(0, pixels, TILE):
-            rows = start + tl.arange(0, TILE)
-            tile = load_tile(x, rows, x_row, channels, pixels, CHANNELS)
-            g = load_tile(grad, rows, grad_row, channels, pixels, CHANNELS)
-            n, r = field_input(tile, rows < pixels, norm_eps, NORM, CHANNELS, NARROW, EMULATE)
-            g_operand = operand(g, EMULATE)
-            d_unit = tl.zeros([TILE, BLOCK_C], tl.float32)
-            next1 = ()
-            next2 = ()
-            next_gate = ()
-            for p in tl.static_range(PIECES):
-                h, dz, da = field_hidden_grad(
-                    n, g_operand, scaled1[p], scaled2[p], scaled_gate[p],
-                    GATED, ACTIVATION, FAST, PRECISION, NARROW, EMULATE,
+        sum1, sum2, sum_gate = backward_tiles(
+            grad, x, dx, scratch_x, scaled1, scaled2, scaled_gate, channels,
+            0, tl.minimum(SPAN, pixels) if SPAN else pixels, pixels, first, norm_eps, grad_row, x_row,
+            CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM,
+            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, NEED_X, NEED_WEIGHTS,
+        )  # fmt: skip
+        if SPAN:
+            for begin in range(SPAN, pixels, SPAN):
+                more1, more2, more_gate = backward_tiles(
+                    grad, x, dx, scratch_x, scaled1, scaled2, scaled_gate, channels,
+                    begin, tl.minimum(begin + SPAN, pixels), pixels, first, norm_eps, grad_row, x_row,
+                    CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM,
+                    ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, NEED_X, NEED_WEIGHTS,
                 )  # fmt: skip
-                if NEED_WEIGHTS:
-                    next2 = next2 + (tl.dot(tl.trans(h), g_operand, sum2[p], input_precision=PRECISION),)
-                else:
-                    next2 = next2 + (sum2[p],)
-                if NEED_WEIGHTS or NORM:
-                    next1 = next1 + (tl.dot(tl.trans(n), dz, sum1[p], input_precision=PRECISION),)
-                    if GATED:
-                        next_gate = next_gate + (
-                            tl.dot(tl.trans(n), da, sum_gate[p], input_precision=PRECISION),
-                        )
-                else:
-                    next1 = next1 + (sum1[p],)
-                    if GATED:
-                        next_gate = next_gate + (sum_gate[p],)
-                if NEED_X:
-                    d_unit = tl.dot(dz, tl.trans(scaled1[p]), d_unit, input_precision=PRECISION)
-                    if GATED:
-                        d_unit = tl.dot(da, tl.trans(scaled_gate[p]), d_unit, input_precision=PRECISION)
-            sum1 = next1
-            sum2 = next2
-            sum_gate = next_gate
-            if NEED_X:
-                if CHUNKS > 1:
-                    waiting = scratch_x + rows[:, None].to(tl.int64) * BLOCK_C + channels[None, :]
-                    inside = (rows[:, None] < pixels) & (channels[None, :] < BLOCK_C)
-                    if first > 0:
-                        d_unit += tl.load(waiting, mask=inside, other=0.0)
-                    if first + CHUNK < HIDDEN:
-                        tl.store(waiting, d_unit, mask=inside)
-                if first + CHUNK >= HIDDEN:
-                    if NORM:
-                        d_unit = rms_norm_grad(d_unit, tile.to(tl.float32) * r[:, None], r, CHANNELS)
-                    if RESIDUAL:
-                        d_unit += g.to(tl.float32)
-                    store_tile(dx, rows, CHANNELS, channels, pixels, CHANNELS, d_unit, EMULATE)
-        # Weights are read again, from the cache: kept, they would cost the registers that the sums need.
-        again2 = ()
+                sum1, sum2, sum_gate = added(sum1, more1), added(sum2, more2), added(sum_gate, more_gate)
+        # Weights are read again, from the cache: kept, they would cost the registers that the sums need. All of a
+        # matrix before any of its gradient is stored, which may take its place.
+        again1 = ()
+        again_gate = ()
         for p in tl.static_range(PIECES):
             hidden = first + p * PIECE + tl.arange(0, PIECE)
             if NEED_WEIGHTS or NORM:
-                raw1 = load_tile(w1, channels, w1_row, hidden, CHANNELS, HIDDEN)
-                sum_norm += finish_input_weight(
-                    d1, d1_row, raw1, sum1[p], weight, weight_eps, channels, hidden,
+                again1 = again1 + (load_tile(w1, channels, w1_row, hidden, CHANNELS, HIDDEN),)
+                if GATED:
+                    again_gate = again_gate + (
+                        load_tile(w_gate, channels, gate_row, hidden, CHANNELS, HIDDEN),
+                    )
+        tl.debug_barrier()
+        product1 = tl.zeros([BLOCK_C, PIECE], tl.float32)
+        for p in tl.static_range(PIECES):
+            hidden = first + p * PIECE + tl.arange(0, PIECE)
+            if NEED_WEIGHTS or NORM:
+                product1 += finish_input_weight(
+                    d1, d1_row, again1[p], tl.trans(sum1[p]), weight, weight_eps, channels, hidden,
                     NORM, UNIT1, CHANNELS, HIDDEN, NEED_WEIGHTS, EMULATE,
                 )  # fmt: skip
                 if GATED:
-                    raw_gate = load_tile(w_gate, channels, gate_row, hidden, CHANNELS, HIDDEN)
-                    sum_norm += finish_input_weight(
-                        d_gate, d_gate_row, raw_gate, sum_gate[p], weight, weight_eps,
+                    product1 += finish_input_weight(
+                        d_gate, d_gate_row, again_gate[p], tl.trans(sum_gate[p]), weight, weight_eps,
                         channels, hidden, NORM, UNIT_GATE, CHANNELS, HIDDEN, NEED_WEIGHTS, EMULATE,
                     )  # fmt: skip
+        again2 = ()
+        product2 = tl.zeros([PIECE, BLOCK_C], tl.float32)
+        for p in tl.static_range(PIECES):
+            hidden = first + p * PIECE + tl.arange(0, PIECE)
             if NEED_WEIGHTS:
-                again = load_tile(w2, hidden, w2_row, channels, HIDDEN, CHANNELS)
-                again2 = again2 + (again,)
-                projection2 += tl.sum(again.to(tl.float32) * sum2[p], 0)
+                again2 = again2 + (load_tile(w2, hidden, w2_row, channels, HIDDEN, CHANNELS),)
+                product2 += again2[p].to(tl.float32) * sum2[p]
                 if CHUNKS > 1:
                     waiting = scratch_2 + hidden[:, None] * BLOCK_C + channels[None, :]
                     inside = (hidden[:, None] < HIDDEN) & (channels[None, :] < BLOCK_C)
                     tl.store(waiting, sum2[p], mask=inside)
+        if NORM:
+            sum_norm += tl.sum(product1, 1)
+        if NEED_WEIGHTS:
+            projection2 += tl.sum(product2, 0)
         if NEED_WEIGHTS and CHUNKS == 1:
-            tl.debug_barrier()  # d2 may be w2 itself
+            tl.debug_barrier()
             for p in tl.static_range(PIECES):
                 hidden = p * PIECE + tl.arange(0, PIECE)
                 d_raw = unit_columns_grad(again2[p], squares2, projection2, sum2[p], weight_eps, UNIT2)
@@ -254,7 +343,7 @@ def neural_field_mlp_backward(
     GATED: tl.constexpr, NORM: tl.constexpr,
     UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of patch program_id(0), or where scratch is needed of every num_programs(0)-th patch from it.
 
@@ -274,7 +363,7 @@ def neural_field_mlp_backward(
             d_norm + patch * CHANNELS, scratch_x, scratch_2, weight, channels, pixels, norm_eps, weight_eps,
             grad_row, x_row, w1_row, w2_row, gate_row, d1_row, d2_row, d_gate_row,
             CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
-            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, NEED_X, NEED_WEIGHTS,
+            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, NEED_X, NEED_WEIGHTS, SPAN,
         )  # fmt: skip
     else:
         scratch_x += patch * pixels * BLOCK_C
@@ -287,6 +376,6 @@ def neural_field_mlp_backward(
                 d_norm + patch * CHANNELS, scratch_x, scratch_2, weight, channels, pixels, norm_eps, weight_eps,
                 grad_row, x_row, w1_row, w2_row, gate_row, d1_row, d2_row, d_gate_row,
                 CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
-                ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, NEED_X, NEED_WEIGHTS,
+                ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, NEED_X, NEED_WEIGHTS, SPAN,
             )  # fmt: skip
             patch += tl.num_programs(0)

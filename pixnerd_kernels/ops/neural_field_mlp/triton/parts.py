@@ -18,6 +18,7 @@ import triton.language as tl
 from pixnerd_kernels.ops.gpu.pieces import (
     activate,
     activate_with_slope,
+    inverse_norm,
     load_tile,
     narrow,
     operand,
@@ -59,22 +60,23 @@ def field_hidden_grad(
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     NARROW: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The hidden values again, and the gradients of n @ w1 and of n @ w_gate: operands [T, H].
+    """The hidden values again, and the gradients of n @ w1 and of n @ w_gate: operands [H, T].
 
     n [T, C] and g [T, C], the gradient of the output; scaled weights w1, w_gate [C, H] and w2 [H, C]. Where there is
     no gate, its gradient repeats that of n @ w1.
     """
-    z = tl.dot(n, w1, input_precision=PRECISION)
+    z = tl.dot(tl.trans(w1), tl.trans(n), input_precision=PRECISION)
+    dh = tl.dot(w2, tl.trans(g), input_precision=PRECISION)
     if GATED:
-        act, slope = activate_with_slope(tl.dot(n, w_gate, input_precision=PRECISION), ACTIVATION, FAST)
-        dh = tl.dot(g, tl.trans(w2), input_precision=PRECISION)
+        a = tl.dot(tl.trans(w_gate), tl.trans(n), input_precision=PRECISION)
+        act, slope = activate_with_slope(a, ACTIVATION, FAST)
         h = narrow(act * z, NARROW, EMULATE)
         dz = narrow(dh * act, NARROW, EMULATE)
         return h, dz, narrow(dh * z * slope, NARROW, EMULATE)
     else:
         act, slope = activate_with_slope(z, ACTIVATION, FAST)
         h = narrow(act, NARROW, EMULATE)
-        dz = narrow(tl.dot(g, tl.trans(w2), input_precision=PRECISION) * slope, NARROW, EMULATE)
+        dz = narrow(dh * slope, NARROW, EMULATE)
         return h, dz, dz
 
 
@@ -108,20 +110,21 @@ def finish_input_weight(
     NORM: tl.constexpr, UNIT: tl.constexpr, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
     NEED: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of the raw w1 or w_gate, and return its part of the norm weight's gradient [C].
+    """Store the gradient of the raw w1 or w_gate, and return what sums over H to the norm weight's gradient [C, H].
 
     gradient [C, H] is that of the scaled weight divided by the norm's weight.
     """
-    unit = unit_columns(raw, eps, hidden < HIDDEN, UNIT)
-    d_norm = tl.sum(unit * gradient, 1)
+    raw = raw.to(tl.float32)
+    squares = tl.sum(raw * raw, 0)
+    product = raw * gradient
+    d_norm = product
+    if UNIT:
+        d_norm = product * tl.where(hidden < HIDDEN, inverse_norm(squares, eps), 0.0)[None, :]
     if NEED:
         if NORM:
             gradient *= weight[:, None]
-        raw = raw.to(tl.float32)
-        squares, projection = tl.sum(raw * raw, 0), tl.sum(raw * gradient, 0)
-        gradient = unit_columns_grad(raw, squares, projection, gradient, eps, UNIT)
-        # The gradient may take the weight's own place: every thread has read it by now.
-        tl.debug_barrier()
+            product *= weight[:, None]
+        gradient = unit_columns_grad(raw, squares, tl.sum(product, 0), gradient, eps, UNIT)
         store_tile(target, channels, row_stride, hidden, CHANNELS, HIDDEN, gradient, EMULATE)
     return d_norm
 
@@ -153,14 +156,14 @@ def load_output_weight(
 ):  # fmt: skip
     """A chunk of the raw w2: PIECES tiles [PIECE, C]; and the sums of squares of its columns."""
     channels = tl.arange(0, BLOCK_C)
-    squares = tl.zeros([BLOCK_C], tl.float32)
+    squares = tl.zeros([PIECE, BLOCK_C], tl.float32)
     pieces = ()
     for p in tl.static_range(PIECES):
         hidden = first + p * PIECE + tl.arange(0, PIECE)
         raw = load_tile(source, hidden, row_stride, channels, HIDDEN, CHANNELS)
-        squares += tl.sum(raw.to(tl.float32) * raw.to(tl.float32), 0)
+        squares += raw.to(tl.float32) * raw.to(tl.float32)
         pieces = pieces + (raw,)
-    return pieces, squares
+    return pieces, tl.sum(squares, 0)
 
 
 @triton.jit

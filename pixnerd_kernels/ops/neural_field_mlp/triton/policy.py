@@ -1,10 +1,13 @@
 """Launch policy of the neural field, alone and in the pixel decoder: tiles, pieces and warps by shape and GPU.
 
-On sm_90 a product whose result feeds another uses wgmma only with 16 rows for each warp. The forward therefore takes 64
-pixels and 4 warps, so that several patches share a processor; the backward keeps its weight gradients in registers,
-which leaves room for 32 pixels and 8 warps. On sm_100 products accumulate in tensor memory, of which 512 columns are
-there: a plan that needs more compiles to a kernel that does nothing. benchmarks/results/static_resources.md has what
-each plan takes; none of them has been timed on a GPU yet.
+On sm_90 a product whose result feeds another uses wgmma only with 16 rows for each warp: of pixels in the forward, of
+hidden units in the backward. More warps than rows would compute the same rows twice. The forward takes 64 pixels and 4
+warps, so that three patches share a processor, and 168 registers a thread, so that they do; the backward keeps its
+weight gradients in registers, which leaves room for tiles of 32 pixels and two patches a processor, and has the next
+tiles on their way to shared memory. On an H100 both were the fastest of some 180 plans each. On sm_100 products
+accumulate in tensor memory, of which 512 columns are there: a plan that needs more compiles to a kernel that does
+nothing. benchmarks/results/static_resources.md has what each plan takes; plans for GPUs other than the H100 have not
+been timed.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,17 +58,23 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """`tile` pixels at a time; `pieces` of `piece` hidden units on the chip at once."""
+    """`tile` pixels at a time; `pieces` of `piece` hidden units on the chip at once.
+
+    `registers`: a thread's at most, 0 leaves it to the compiler. A tile is loaded while the last is computed, into
+    registers where `ahead`, into shared memory where there are more `stages` than one.
+    """
 
     tile: int
     piece: int
     pieces: int
     warps: int
+    registers: int = 0
+    ahead: bool = False
     stages: int = 1
 
     @property
     def options(self) -> Options:
-        return Options(self.warps, self.stages)
+        return Options(self.warps, self.stages, self.registers)
 
     def chunks(self, problem: Problem) -> int:
         return math.ceil(problem.hidden / (self.piece * self.pieces))
@@ -75,13 +85,23 @@ class Plan:
         return min(wanted, math.ceil(problem.pixels / self.tile))
 
     def programs(self, problem: Problem, target: Target) -> int:
-        """Programs of the backward: one for each patch, or as many as run at once where each needs scratch."""
+        """Programs: one for each patch, or as many as run at once where each needs scratch."""
         if self.chunks(problem) == 1 and not problem.decoder:
             return problem.patches
-        return min(problem.patches, target.processors * max(1, 8 // self.warps))
+        return min(problem.patches, target.processors * self.resident(problem))
 
-    def entry(self) -> dict[str, int]:
+    def resident(self, problem: Problem) -> int:
+        """Programs that a processor runs at once, by their registers."""
+        registers = self.registers or (255 if problem.training else 168)
+        return max(1, 65536 // (32 * self.warps * registers))
+
+    def entry(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def span(pixels: int) -> int:
+    """Pixels that the backward adds up at a time: 0, which is all, in patches of ordinary size."""
+    return 0 if pixels <= 1024 else 256
 
 
 def choose(problem: Problem, target: Target) -> Plan:
@@ -105,6 +125,11 @@ def _forward(problem: Problem, target: Target) -> Plan:
     elif _arch(target) >= 100 and problem.gated and piece * pieces > 128:
         # The products of all pieces would not fit the 512 columns of tensor memory.
         tile, piece, pieces, warps = 128, _piece(problem.hidden, 64), 1, 8
+    elif _arch(target) == 90 and not wide and c <= 64 and not (problem.gated and problem.decoder):
+        piece = _piece(problem.hidden, 128)
+        pieces = math.ceil(problem.hidden / piece)
+        if not problem.gated and pieces == 1:
+            return Plan(_tile(problem, target, tile), piece, 1, warps, 168, ahead=not problem.decoder)
     return Plan(_tile(problem, target, tile), piece, pieces, warps)
 
 
@@ -117,6 +142,11 @@ def _backward(problem: Problem, target: Target) -> Plan:
     pieces = min(math.ceil(problem.hidden / piece), max(1, room // piece))
     tile = 64 if _arch(target) >= 100 and not (wide or problem.gated or problem.decoder) else 32
     tile = _tile(problem, target, tile if c <= 128 and target.backend != "hip" else 16)
+    if _arch(target) == 90 and not wide and c <= 64:
+        piece = _piece(problem.hidden, 64)
+        pieces = min(math.ceil(problem.hidden / piece), max(1, room // piece))
+        stages = 3 if piece * pieces >= problem.hidden and not problem.decoder else 1
+        return Plan(tile, piece, pieces, warps=4, ahead=stages == 1, stages=stages)
     return Plan(tile, piece, pieces, warps=8 if c * piece * pieces >= 2048 else 4)
 
 

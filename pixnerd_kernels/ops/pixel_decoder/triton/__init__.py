@@ -1,6 +1,6 @@
 """Launches the Triton kernels of `pixel_decoder`: one for a chunk's patches forward, one backward.
 
-Products with the generators are torch's. Not run on a GPU yet.
+Products with the generators are torch's.
 """
 
 from __future__ import annotations
@@ -8,28 +8,33 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from pixnerd_kernels.ops.gpu.launch import Target, emulates, launch, padded, precision, target_of
-from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose
+from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose, span
 from pixnerd_kernels.ops.pixel_decoder.chunks import Call
 from pixnerd_kernels.ops.pixel_decoder.reference import generate, hidden_gradient, weight_gradient
 from pixnerd_kernels.ops.pixel_decoder.triton import kernels
 
-__all__ = ["backward", "forward", "generate", "hidden_gradient", "weight_gradient"]
+__all__ = ["at_once", "backward", "forward", "generate", "hidden_gradient", "weight_gradient"]
 
 #: Bytes of scratch that the backward may take, unless one patch needs more.
 _SCRATCH = 64 << 20
 
 
-def _plan(call: Call, generated: Tensor, training: bool) -> tuple[Problem, Plan, Target]:
-    count, (height, width) = generated.shape[1], call.patch
+def _plan(call: Call, patches: int, training: bool) -> tuple[Problem, Plan, Target]:
+    height, width = call.patch
     problem = Problem(
-        training, call.gated, generated.dtype, count, height * width, call.channels, call.field_hidden, decoder=True
+        training, call.gated, call.hidden.dtype, patches, height * width, call.channels, call.field_hidden, decoder=True
     )  # fmt: skip
     target = target_of(call.image.device)
     return problem, choose(problem, target), target
+
+
+def at_once(call: Call, training: bool) -> int:
+    """Patches that the GPU decodes side by side: one for each program."""
+    problem, plan, target = _plan(call, call.patches, training)
+    return plan.programs(problem, target)
 
 
 def _arguments(call: Call, generated: Tensor, first: int, plan: Plan, target: Target) -> dict[str, Any]:
@@ -54,20 +59,21 @@ def _arguments(call: Call, generated: Tensor, first: int, plan: Plan, target: Ta
         "GATED": call.gated, "UNIT1": call.normalize[0], "UNIT2": call.normalize[1], "UNIT_GATE": call.normalize[2],
         "FINAL_NORM": small.final_norm is not None, "LINEAR": small.linear_weight is not None,
         "ACTIVATION": call.activation, "FAST": target.fast_tanh and generated.dtype != torch.float32,
-        "PRECISION": precision(generated.dtype, target), "EMULATE": emulates(generated.dtype),
+        "PRECISION": precision(generated.dtype, target), "EMULATE": emulates(generated.dtype), "AHEAD": plan.ahead,
     }  # fmt: skip
 
 
 def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
-    """Write the pixels of the patches in `out` [B, C_out, H, W]."""
-    problem, plan, target = _plan(call, generated, training=False)
+    """Write the pixels of the patches in `out` [B, C_out, H, W], dense."""
+    problem, plan, target = _plan(call, generated.shape[1], training=False)
     bias = call.small.linear_bias
+    place = problem.pixels * problem.channels
+    programs = plan.programs(problem, target)
     launch(
-        kernels.pixel_decoder_forward, (problem.patches, triton.cdiv(problem.pixels, plan.tile)),
-        out.device, plan.options,
-        **_arguments(call, generated, first, plan, target),
-        linear_bias=call.small.pixel_weight if bias is None else bias, BIAS=bias is not None,
-        out=out, out_plane=out.stride(1),
+        kernels.pixel_decoder_forward, (programs,), out.device, plan.options,
+        **_arguments(call, generated, first, plan, target), patches=problem.patches,
+        linear_bias=call.small.pixel_weight if bias is None else bias, BIAS=bias is not None, out=out,
+        scratch=torch.empty(programs, 2, place, dtype=generated.dtype, device=out.device),
     )  # fmt: skip
 
 
@@ -81,7 +87,7 @@ def backward(
     sums: Tensor | None,
 ) -> None:
     """Gradients of a chunk. d_generated may be `generated` itself."""
-    problem, plan, target = _plan(call, generated, training=True)
+    problem, plan, target = _plan(call, generated.shape[1], training=True)
     blocks, count, _ = generated.shape
     block_c, chunks = padded(problem.channels), plan.chunks(problem)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": grad.device}
@@ -107,6 +113,7 @@ def backward(
         scratch_x=torch.empty(programs if waiting else 0, problem.pixels * block_c, **wide),
         scratch_2=torch.empty(programs if waiting else 0, waiting, **wide),
         NEED_IMAGE=d_image is not None, NEED_WEIGHTS=d_generated is not None, NEED_SHARED=sums is not None,
+        SPAN=span(problem.pixels), FORWARD_TILE=min(padded(problem.pixels), 16 * plan.warps),
     )  # fmt: skip
     if sums is not None:
         sums[: shapes[0]] += table_sum.sum(0, dtype=sums.dtype)

@@ -1,13 +1,13 @@
 """The Triton kernels of the pixel decoder, made of the neural-field block's.
 
-Forward: a program takes a tile of one patch's pixels through embedding, every block and the output layer. Between
-blocks the activations stay on chip in float32, and the image is read and written in place. The generated weights are
-read once for each tile of the patch.
+A program owns every num_programs-th patch. What a patch's blocks hand to each other waits in the program's own
+scratch, small enough for the cache; the image is read and written in place.
 
-Backward: a program owns every num_programs-th patch. What a patch's blocks hand to each other waits in the program's
-own scratch, small enough for the cache: the forward runs again, block by block, and keeps what came before each block;
-the way back reads it and leaves its own gradients in the places that fall free. A block's weights are read once on the
-way there, and on the way back as `neural_field_mlp`'s backward does; every gradient is stored once.
+Forward: a block's weights are read and scaled once.
+
+Backward: the forward runs again, block by block, and keeps what came before each block; the way back reads it and
+leaves its own gradients in the places that fall free. A block's weights are read once on the way there, and on the way
+back as `neural_field_mlp`'s backward does; every gradient is stored once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from pixnerd_kernels.ops.gpu.pieces import (
-    inverse_norm,
     load_tile,
     narrow,
     rms_norm,
@@ -24,12 +23,7 @@ from pixnerd_kernels.ops.gpu.pieces import (
     store_tile,
 )
 from pixnerd_kernels.ops.neural_field_mlp.triton.kernels import backward_patch, forward_patch
-from pixnerd_kernels.ops.neural_field_mlp.triton.parts import (
-    add_products,
-    field_input,
-    load_norm,
-    load_weights,
-)
+from pixnerd_kernels.ops.neural_field_mlp.triton.parts import load_norm
 
 
 @triton.jit
@@ -54,89 +48,6 @@ def embed_pixels(
 
 
 @triton.jit
-def add_block(
-    x, live, generated, norm_weight, norm_eps, weight_eps, channels,
-    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
-    GATED: tl.constexpr, UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
-    ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """x [T, C] in float32 plus a neural-field block of it; generated holds w_gate (where GATED), w1 and w2 in turn."""
-    NARROW: tl.constexpr = generated.dtype.element_ty
-    FIRST: tl.constexpr = CHANNELS * HIDDEN if GATED else 0
-    weight = load_norm(norm_weight, 1, channels, True, CHANNELS)
-    n, _ = field_input(x, live, norm_eps, True, CHANNELS, NARROW, EMULATE)
-    out = tl.zeros([x.shape[0], BLOCK_C], tl.float32)
-    squares = tl.zeros([BLOCK_C], tl.float32)
-    for first in range(0, HIDDEN, PIECE * PIECES):
-        scaled1, scaled_gate, raw2, part = load_weights(
-            generated + FIRST, generated + FIRST + CHANNELS * HIDDEN, generated, HIDDEN, CHANNELS, HIDDEN,
-            weight, weight_eps, first, True, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
-        )  # fmt: skip
-        squares += part
-        out = add_products(
-            out, n, scaled1, scaled_gate, raw2, PIECES, GATED, ACTIVATION, FAST, PRECISION, NARROW, EMULATE
-        )
-    if UNIT2:
-        out *= inverse_norm(squares, weight_eps)[None, :]
-    return x + out
-
-
-# Where a chunk begins and how an image is cut are no reason to compile again.
-@triton.jit(do_not_specialize=["first", "rows_of_patches", "columns_of_patches"])
-def pixel_decoder_forward(
-    image, generated, norms, final_norm, pixel_weight, table, linear_weight, linear_bias, out,
-    first, image_batch, image_plane, image_row, image_column, generated_block, generated_patch, out_plane,
-    rows_of_patches, columns_of_patches, norm_eps, weight_eps,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCKS: tl.constexpr,
-    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
-    GATED: tl.constexpr, UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
-    FINAL_NORM: tl.constexpr, LINEAR: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Tile program_id(1) of patch first + program_id(0): out's pixels, or its CHANNELS features without LINEAR."""
-    pixels: tl.constexpr = HEIGHT * WIDTH
-    patch = first + tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    channels = tl.arange(0, BLOCK_C)
-    live = rows < pixels
-    batch = patch // (rows_of_patches * columns_of_patches)
-    y = (patch // columns_of_patches % rows_of_patches) * HEIGHT + rows // WIDTH
-    column = (patch % columns_of_patches) * WIDTH + rows % WIDTH
-    x = embed_pixels(
-        image + batch * image_batch, image_plane, y * image_row + column * image_column,
-        rows, pixels, channels, pixel_weight, table, INPUTS, CHANNELS,
-    )  # fmt: skip
-    generated += tl.program_id(0).to(tl.int64) * generated_patch
-    for _ in range(BLOCKS):
-        x = add_block(
-            x, live, generated, norms, norm_eps, weight_eps, channels,
-            CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, GATED, UNIT1, UNIT2, UNIT_GATE,
-            ACTIVATION, FAST, PRECISION, EMULATE,
-        )  # fmt: skip
-        generated += generated_block
-        norms += CHANNELS
-    if FINAL_NORM:
-        x, _ = rms_norm(x, live, norm_eps, CHANNELS)
-        x *= load_norm(final_norm, 1, channels, True, CHANNELS)[None, :]
-    places = y * (columns_of_patches * WIDTH) + column
-    if LINEAR:
-        out += batch * OUTPUTS * out_plane
-        for c in range(OUTPUTS):
-            row = tl.load(linear_weight + c * CHANNELS + channels, mask=channels < CHANNELS, other=0.0)
-            value = tl.sum(x * row[None, :], 1)
-            if BIAS:
-                value += tl.load(linear_bias + c)
-            tl.store(out + places, narrow(value, out.dtype.element_ty, EMULATE), mask=live)
-            out += out_plane
-    else:
-        out += batch * CHANNELS * out_plane
-        inside = live[:, None] & (channels[None, :] < CHANNELS)
-        at = out + channels[None, :].to(tl.int64) * out_plane + places[:, None]
-        tl.store(at, narrow(x, out.dtype.element_ty, EMULATE), mask=inside)
-
-
-@triton.jit
 def embed_patch(
     image, image_plane, image_row, image_column, pixel_weight, table, target, channels,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
@@ -154,6 +65,94 @@ def embed_patch(
 
 
 @triton.jit
+def write_patch(
+    last, out, out_plane, out_row, final_norm, linear_weight, linear_bias, channels, norm_eps,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
+    FINAL_NORM: tl.constexpr, LINEAR: tl.constexpr, BIAS: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The output layer on last [pixels, CHANNELS]: the patch's pixels, or its CHANNELS features without LINEAR.
+
+    out points to the patch's first pixel of the first plane.
+    """
+    pixels: tl.constexpr = HEIGHT * WIDTH
+    weight = load_norm(final_norm, 1, channels, FINAL_NORM, CHANNELS)
+    for start in range(0, pixels, TILE):
+        rows = start + tl.arange(0, TILE)
+        live = rows < pixels
+        x = load_tile(last, rows, CHANNELS, channels, pixels, CHANNELS).to(tl.float32)
+        if FINAL_NORM:
+            x, _ = rms_norm(x, live, norm_eps, CHANNELS)
+            x *= weight[None, :]
+        at = out + (rows // WIDTH).to(tl.int64) * out_row + rows % WIDTH
+        if LINEAR:
+            for c in tl.static_range(OUTPUTS):
+                row = tl.load(linear_weight + c * CHANNELS + channels, mask=channels < CHANNELS, other=0.0)
+                value = tl.sum(x * row[None, :], 1)
+                if BIAS:
+                    value += tl.load(linear_bias + c)
+                tl.store(at, narrow(value, out.dtype.element_ty, EMULATE), mask=live)
+                at += out_plane
+        else:
+            inside = live[:, None] & (channels[None, :] < CHANNELS)
+            places = at[:, None] + channels[None, :].to(tl.int64) * out_plane
+            tl.store(places, narrow(x, out.dtype.element_ty, EMULATE), mask=inside)
+
+
+# Where a chunk begins and how an image is cut are no reason to compile again.
+@triton.jit(do_not_specialize=["first", "patches", "rows_of_patches", "columns_of_patches"])
+def pixel_decoder_forward(
+    image, generated, norms, final_norm, pixel_weight, table, linear_weight, linear_bias, out, scratch,
+    first, patches, image_batch, image_plane, image_row, image_column, generated_block, generated_patch,
+    rows_of_patches, columns_of_patches, norm_eps, weight_eps,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCKS: tl.constexpr,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    GATED: tl.constexpr, UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
+    FINAL_NORM: tl.constexpr, LINEAR: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Patches first + program_id(0), first + program_id(0) + num_programs(0), ... of out [B, OUTPUTS, H, W], dense.
+
+    A program's scratch has two places [pixels, CHANNELS], which the blocks read and write in turn.
+    """
+    PLACE: tl.constexpr = HEIGHT * WIDTH * CHANNELS
+    FIRST: tl.constexpr = CHANNELS * HIDDEN if GATED else 0
+    SECOND: tl.constexpr = FIRST + CHANNELS * HIDDEN
+    channels = tl.arange(0, BLOCK_C)
+    patch = tl.program_id(0).to(tl.int64)
+    scratch += patch * (2 * PLACE)
+    image_width = columns_of_patches * WIDTH
+    plane = rows_of_patches * HEIGHT * image_width
+    while patch < patches:
+        batch = (first + patch) // (rows_of_patches * columns_of_patches)
+        top = ((first + patch) // columns_of_patches % rows_of_patches) * HEIGHT
+        left = ((first + patch) % columns_of_patches) * WIDTH
+        embed_patch(
+            image + batch * image_batch + top * image_row + left * image_column, image_plane, image_row, image_column,
+            pixel_weight, table, scratch, channels, HEIGHT, WIDTH, INPUTS, CHANNELS, TILE, EMULATE,
+        )  # fmt: skip
+        for block in range(BLOCKS):
+            # What one thread stored to scratch another may load.
+            tl.debug_barrier()
+            own = generated + block * generated_block + patch * generated_patch
+            forward_patch(
+                scratch + (block % 2) * PLACE, own + FIRST, own + SECOND, own, scratch + (1 - block % 2) * PLACE,
+                load_norm(norms + block * CHANNELS, 1, channels, True, CHANNELS), channels, HEIGHT * WIDTH, 0, 1,
+                norm_eps, weight_eps, CHANNELS, HIDDEN, CHANNELS, HIDDEN, CHANNELS, HIDDEN,
+                TILE, BLOCK_C, PIECE, PIECES, GATED, True, UNIT1, UNIT2, UNIT_GATE,
+                ACTIVATION, True, FAST, PRECISION, EMULATE, AHEAD,
+            )  # fmt: skip
+        tl.debug_barrier()
+        write_patch(
+            scratch + (BLOCKS % 2) * PLACE, out + batch * OUTPUTS * plane + top * image_width + left,
+            plane, image_width, final_norm, linear_weight, linear_bias, channels, norm_eps,
+            HEIGHT, WIDTH, OUTPUTS, CHANNELS, TILE, FINAL_NORM, LINEAR, BIAS, EMULATE,
+        )  # fmt: skip
+        tl.debug_barrier()
+        patch += tl.num_programs(0)
+
+
+@triton.jit
 def output_patch_grad(
     last, grad, grad_plane, grad_row, grad_column, final_norm, linear_weight, target, partial, channels, norm_eps,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -167,12 +166,13 @@ def output_patch_grad(
     """
     pixels: tl.constexpr = HEIGHT * WIDTH
     weight = load_norm(final_norm, 1, channels, FINAL_NORM, CHANNELS)
-    sum_norm = tl.zeros([BLOCK_C], tl.float32)
+    # Added up over tiles first, over a tile's pixels once in the end.
+    sum_norm = tl.zeros([TILE, BLOCK_C], tl.float32)
     sum_weight = ()
     sum_bias = ()
     if LINEAR:
         for _ in tl.static_range(OUTPUTS):
-            sum_weight = sum_weight + (tl.zeros([BLOCK_C], tl.float32),)
+            sum_weight = sum_weight + (tl.zeros([TILE, BLOCK_C], tl.float32),)
             sum_bias = sum_bias + (tl.zeros([TILE], tl.float32),)
     for start in range(0, pixels, TILE):
         rows = start + tl.arange(0, TILE)
@@ -190,7 +190,7 @@ def output_patch_grad(
                 at += grad_plane
                 row = tl.load(linear_weight + c * CHANNELS + channels, mask=channels < CHANNELS, other=0.0)
                 d_unit += g[:, None] * row[None, :]
-                next_weight = next_weight + (sum_weight[c] + tl.sum(g[:, None] * unit, 0),)
+                next_weight = next_weight + (sum_weight[c] + g[:, None] * unit,)
                 next_bias = next_bias + (sum_bias[c] + g,)
             sum_weight = next_weight
             sum_bias = next_bias
@@ -199,16 +199,16 @@ def output_patch_grad(
             planes = channels[None, :].to(tl.int64) * grad_plane
             d_unit = tl.load(at[:, None] + planes, mask=inside, other=0.0).to(tl.float32)
         if FINAL_NORM:
-            sum_norm += tl.sum(d_unit * unit, 0)
+            sum_norm += d_unit * unit
             d_unit = rms_norm_grad(d_unit * weight[None, :], unit, r, CHANNELS)
         store_tile(target, rows, CHANNELS, channels, pixels, CHANNELS, d_unit, EMULATE)
     if NEED_SHARED:
         live_channels = channels < CHANNELS
-        tl.store(partial + channels, sum_norm, mask=live_channels)
+        tl.store(partial + channels, tl.sum(sum_norm, 0), mask=live_channels)
         if LINEAR:
             for c in tl.static_range(OUTPUTS):
                 partial += CHANNELS
-                tl.store(partial + channels, sum_weight[c] * weight, mask=live_channels)
+                tl.store(partial + channels, tl.sum(sum_weight[c], 0) * weight, mask=live_channels)
             partial += CHANNELS
             for c in tl.static_range(OUTPUTS):
                 tl.store(partial + c, tl.sum(sum_bias[c], 0))
@@ -230,7 +230,7 @@ def input_patch_grad(
     pixels: tl.constexpr = HEIGHT * WIDTH
     sums = ()
     for _ in tl.static_range(INPUTS):
-        sums = sums + (tl.zeros([BLOCK_C], tl.float32),)
+        sums = sums + (tl.zeros([TILE, BLOCK_C], tl.float32),)
     for start in range(0, pixels, TILE):
         rows = start + tl.arange(0, TILE)
         live = rows < pixels
@@ -244,7 +244,7 @@ def input_patch_grad(
             for c in tl.static_range(INPUTS):
                 pixel = tl.load(at, mask=live, other=0.0)
                 at += image_plane
-                next_sums = next_sums + (sums[c] + tl.sum(pixel.to(tl.float32)[:, None] * d_embedded, 0),)
+                next_sums = next_sums + (sums[c] + pixel.to(tl.float32)[:, None] * d_embedded,)
             sums = next_sums
         if NEED_IMAGE:
             to = d_image + (rows // WIDTH).to(tl.int64) * d_image_row + rows % WIDTH
@@ -255,7 +255,7 @@ def input_patch_grad(
                 to += d_image_plane
     if NEED_SHARED:
         for c in tl.static_range(INPUTS):
-            tl.store(partial + c * CHANNELS + channels, sums[c], mask=channels < CHANNELS)
+            tl.store(partial + c * CHANNELS + channels, tl.sum(sums[c], 0), mask=channels < CHANNELS)
 
 
 @triton.jit(do_not_specialize=["first", "patches", "rows_of_patches", "columns_of_patches"])
@@ -270,8 +270,9 @@ def pixel_decoder_backward(
     TILE: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
     GATED: tl.constexpr, UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     FINAL_NORM: tl.constexpr, LINEAR: tl.constexpr,
-    ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-    NEED_IMAGE: tl.constexpr, NEED_WEIGHTS: tl.constexpr, NEED_SHARED: tl.constexpr,
+    ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, AHEAD: tl.constexpr,
+    NEED_IMAGE: tl.constexpr, NEED_WEIGHTS: tl.constexpr, NEED_SHARED: tl.constexpr, SPAN: tl.constexpr,
+    FORWARD_TILE: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of patches first + program_id(0), first + program_id(0) + num_programs(0), ...
 
@@ -281,7 +282,7 @@ def pixel_decoder_backward(
 
     A program's scratch has BLOCKS + 2 places [pixels, CHANNELS]: place k holds what enters block k, the last but one
     what leaves the last block. The gradient of what leaves block k stands in place k + 2. scratch_x and scratch_2 are
-    `backward_patch`'s.
+    `backward_patch`'s. The way there takes tiles of FORWARD_TILE pixels: it has no sums to keep.
     """
     pixels: tl.constexpr = HEIGHT * WIDTH
     PLACE: tl.constexpr = HEIGHT * WIDTH * CHANNELS
@@ -317,8 +318,8 @@ def pixel_decoder_backward(
                 scratch + block * PLACE, own + FIRST, own + SECOND, own, scratch + (block + 1) * PLACE,
                 load_norm(norms + block * CHANNELS, 1, channels, True, CHANNELS), channels, pixels, 0, 1,
                 norm_eps, weight_eps, CHANNELS, HIDDEN, CHANNELS, HIDDEN, CHANNELS, HIDDEN,
-                TILE, BLOCK_C, PIECE, PIECES, GATED, True, UNIT1, UNIT2, UNIT_GATE,
-                ACTIVATION, True, FAST, PRECISION, EMULATE,
+                FORWARD_TILE, BLOCK_C, PIECE, PIECES, GATED, True, UNIT1, UNIT2, UNIT_GATE,
+                ACTIVATION, True, FAST, PRECISION, EMULATE, AHEAD,
             )  # fmt: skip
         tl.debug_barrier()
         output_patch_grad(
@@ -339,7 +340,7 @@ def pixel_decoder_backward(
                 load_norm(norms + block * CHANNELS, 1, channels, True, CHANNELS), channels, pixels,
                 norm_eps, weight_eps, CHANNELS, CHANNELS, HIDDEN, CHANNELS, HIDDEN, HIDDEN, CHANNELS, HIDDEN,
                 CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, True, UNIT1, UNIT2, UNIT_GATE,
-                ACTIVATION, True, FAST, PRECISION, EMULATE, True, NEED_WEIGHTS,
+                ACTIVATION, True, FAST, PRECISION, EMULATE, AHEAD, True, NEED_WEIGHTS, SPAN,
             )  # fmt: skip
         tl.debug_barrier()
         input_patch_grad(
