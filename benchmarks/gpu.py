@@ -10,10 +10,14 @@ backward it moves 4.3 GB and computes 481 GFLOP: 1.43 ms and 0.60 ms.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,18 +113,48 @@ def wrong(case: Case, provider: str, device: torch.device) -> str:
     return "; ".join(str(error) for error in errors if not error.ok)
 
 
+def host_milliseconds(function: Callable[[], object], calls: int = 5) -> float:
+    """The CPU's time to enqueue one call, behind which a GPU hides it as long as it has other work."""
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return 1e3 * float(np.median(times))
+
+
+@functools.cache
+def _cycles_per_millisecond() -> float:
+    cycles = 20_000_000
+    torch.cuda._sleep(cycles)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize()
+    return cycles / start.elapsed_time(end)
+
+
 def milliseconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Device time of each function in each round, with the cache overwritten before every call."""
+    """Device time of each function in each round, with the cache overwritten before every call.
+
+    The GPU is kept waiting until the CPU has enqueued the call, so that none of the CPU's time is in it.
+    """
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
+    waits = {}
+    for name, function in functions.items():
         for _ in range(3):
             function()
+        waits[name] = int((0.2 + 2 * host_milliseconds(function, 3)) * _cycles_per_millisecond())
     torch.cuda.synchronize()
     for _ in range(rounds):
         for name, function in functions.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
+            torch.cuda._sleep(waits[name])
             start.record()
             function()
             end.record()
@@ -187,10 +221,38 @@ def gpu() -> dict[str, Any]:
     }
 
 
+def prepared(job: tuple[str, str]) -> str:
+    """`wrong` of a case and provider, in a process of its own, which leaves what it compiled in the caches on disk."""
+    name, provider = job
+    case, device = CASES[name], torch.device("cuda", torch.cuda.current_device())
+    problem = wrong(case, provider, device)
+    if provider == "compile":
+        call(case, PROVIDERS[provider].prepare(case, case.shape), made(case, case.shape, device))()
+    torch.cuda.empty_cache()
+    return problem
+
+
+def prepare(jobs: list[tuple[str, str]], processes: int) -> dict[tuple[str, str], str]:
+    """What `prepared` says of each job, several at a time, without the jobs that fail there, for want of memory say."""
+    found = {}
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for job, future in [(job, pool.submit(prepared, job)) for job in jobs]:
+            try:
+                found[job] = future.result()
+            except Exception as error:
+                print(f"{job}: {type(error).__name__}, prepared again when it is measured", file=sys.stderr)
+    return found
+
+
 def measure(
-    case: Case, providers: list[str], rounds: int, rates: Rates, device: torch.device
+    case: Case,
+    providers: list[str],
+    rounds: int,
+    rates: Rates,
+    device: torch.device,
+    known: dict[tuple[str, str], str] | None = None,
 ) -> dict[str, Any]:
-    """One case: each right provider's time, memory, rates and share of the roofline."""
+    """One case: each right provider's time, memory, rates and share of the roofline. `known`: what `prepare` found."""
     result: dict[str, Any] = {
         "case": case.name,
         "shape": dict(case.shape),
@@ -205,7 +267,8 @@ def measure(
     for name in providers:
         entry = result["providers"][name] = {"status": "ok"}
         try:
-            if problem := wrong(case, name, device):
+            problem = (known or {}).get((case.name, name))
+            if problem := wrong(case, name, device) if problem is None else problem:
                 # torch.compile may miss the rule by a little; it is timed and marked. Ours may not.
                 entry.update(status="inexact" if name != "ours" else "wrong", reason=problem)
                 if name == "ours":
@@ -216,12 +279,14 @@ def measure(
         except Exception as error:
             functions.pop(name, None)
             entry.update(status="error", reason=f"{type(error).__name__}: {error}"[:2000])
+    hosts = {name: host_milliseconds(function) for name, function in functions.items()}
     for name, times in milliseconds(functions, rounds).items():
         seconds = float(np.median(times)) / 1e3
         recompute = PROVIDERS[name].recompute
         flops, ours = case.flops(case.shape, recompute), rates.roofline(case, case.shape, recompute=True)
         result["providers"][name].update(
             median_s=seconds,
+            host_s=hosts[name] / 1e3,
             p20_s=float(np.quantile(times, 0.2)) / 1e3,
             p80_s=float(np.quantile(times, 0.8)) / 1e3,
             bytes_per_s=result["bytes"] / seconds,
@@ -237,15 +302,15 @@ def measure(
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
-        "| case | provider | ms (p20-p80) | over ours | GB/s | TFLOP/s | of roofline | peak MB | |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+        "| case | provider | ms (p20-p80) | over ours | GB/s | TFLOP/s | of roofline | peak MB | CPU ms | |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for result in results:
         ours = result["providers"].get("ours", {}).get("median_s")
         for name, entry in result["providers"].items():
             if "median_s" not in entry:
                 lines.append(
-                    f"| {result['case']} | {name} |||||||{entry['status']}: {entry.get('reason', '')[:200]} |"
+                    f"| {result['case']} | {name} ||||||||{entry['status']}: {entry.get('reason', '')[:200]} |"
                 )
                 continue
             ratio = f"{entry['median_s'] / ours:.2f}x" if ours else ""
@@ -253,9 +318,29 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"| {result['case']} | {name} "
                 f"| {entry['median_s'] * 1e3:.3f} ({entry['p20_s'] * 1e3:.3f}-{entry['p80_s'] * 1e3:.3f}) "
                 f"| {ratio} | {entry['bytes_per_s'] / 1e9:.0f} | {entry['flops_per_s'] / 1e12:.1f} "
-                f"| {100 * entry['share_of_roofline']:.0f}% | {entry['peak_memory'] / 1e6:.0f} | {entry['status']} |"
+                f"| {100 * entry['share_of_roofline']:.0f}% | {entry['peak_memory'] / 1e6:.0f} "
+                f"| {entry['host_s'] * 1e3:.3f} | {entry['status']} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The table, the rates that its shares refer to, and where it was measured."""
+    where, rates = document["provenance"], document["rates"]
+    card = where["gpu"]
+    used, measured = (
+        f"{rates[name]['memory'] / 1e12:.2f} TB/s and {rates[name]['products'] / 1e12:.0f} TFLOP/s"
+        for name in ("used", "measured")
+    )
+    return (
+        f"{table(document['results'])}\n"
+        "Device time by events, the cache overwritten before every call and the CPU's time hidden; CPU ms is the time "
+        "to enqueue one call. Peak memory is what one call allocates, results included. The roofline takes "
+        f"{used} ({rates['used']['source']}); a copy and a matmul in this run reached {measured}.\n\n"
+        f"`{where['command']}` on {card['name']}, driver {card.get('driver_version')}, CUDA {card['cuda']}, torch "
+        f"{where['torch']}, Triton {where['triton']}, Python {where['python']}, "
+        f"commit {(where['commit'] or 'unknown')[:10]}, {where['date']}.\n"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -263,6 +348,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--case", nargs="+", default=[], metavar="NAME", help="cases; default: all")
     add("--provider", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     add("--rounds", type=int, default=21)
+    add("--jobs", type=int, default=1, help="processes that compile and check everything first")
     add("--out", type=Path, metavar="DIR", help="write gpu.json and gpu.md into DIR")
     add("--list", action="store_true", help="list the cases and stop")
 
@@ -283,17 +369,26 @@ def run(arguments: argparse.Namespace) -> int:
     rates = rates_of(torch.cuda.get_device_properties(0).name, measured)
     document: dict[str, Any] = {
         "schema": 1,
+        "kind": "gpu",
         "provenance": {**provenance.collect(sys.argv[1:]), "triton": _triton(), "gpu": gpu()},
         "rates": {"used": vars(rates), "measured": vars(measured)},
         "results": [],
     }
-    for name in arguments.case or CASES:
+    names = arguments.case or list(CASES)
+    known = {}
+    if arguments.jobs > 1:
+        known = prepare(
+            [(name, provider) for name in names for provider in arguments.provider], arguments.jobs
+        )
+    for name in names:
         print(f"measuring {name}", file=sys.stderr, flush=True)
-        document["results"].append(measure(CASES[name], arguments.provider, arguments.rounds, rates, device))
+        document["results"].append(
+            measure(CASES[name], arguments.provider, arguments.rounds, rates, device, known)
+        )
         if arguments.out:  # after every case: an interruption keeps what was measured
             arguments.out.mkdir(parents=True, exist_ok=True)
             (arguments.out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
-            (arguments.out / "gpu.md").write_text(table(document["results"]))
+            (arguments.out / "gpu.md").write_text(markdown(document))
     print(table(document["results"]))
     entries = [r["providers"]["ours"] for r in document["results"] if "ours" in r["providers"]]
     return int(any(entry["status"] != "ok" for entry in entries))

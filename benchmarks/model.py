@@ -1,4 +1,7 @@
-"""Time of the whole class-to-image model: the official formulas eager and compiled, and ours, with the same weights."""
+"""Time of the whole class-to-image model: the official formulas eager and compiled, and ours, with the same weights.
+
+On a GPU `benchmarks.model_gpu` measures; what is here is for a CPU.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import provenance
+from benchmarks import model_gpu, provenance
+from benchmarks.baselines.networks import FastRandom
 from benchmarks.baselines.pixnerd import PlainPixNerd
 from benchmarks.files import save
 from benchmarks.halves import halves
@@ -34,26 +38,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--training", action="store_true", help="forward, backward and a step of AdamW, not the forward alone"
     )
-    add("--provider", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    add(
+        "--provider",
+        nargs="+",
+        choices=list(dict.fromkeys([*PROVIDERS, *model_gpu.FORWARDS])),
+        default=[],
+        help=f"default: {', '.join(PROVIDERS)}; GPU: all but reduce-overhead",
+    )
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 on a GPU")
     add("--rounds", type=int, default=7)
-    add("--profile", action="store_true", help="where our forward's time goes, and the launches of each step")
+    add(
+        "--profile",
+        action="store_true",
+        help="where our forward's time goes, and the launches of each step; GPU: the head and the transformer apart",
+    )
     add("--json", type=Path, metavar="FILE", help="write the results")
 
 
 class Setting:
     """A model with weights that are not zero, its inputs, and the same model in plain PyTorch on the same weights."""
 
-    def __init__(self, config: PixNerdConfig, size: int, batch: int) -> None:
+    def __init__(
+        self,
+        config: PixNerdConfig,
+        size: int,
+        batch: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         # Both are the official model, whatever coordinates the configuration is trained with.
         config = replace(config, encoding="dct")
         torch.manual_seed(0)
-        self.model = PixNerd(config)
-        torch.nn.init.normal_(self.model.decoder.linear.weight, std=0.02)
-        self.parameters = {official_name(n, config): p for n, p in self.model.named_parameters()}
-        self.x = torch.randn(batch, config.in_channels, size, size)
-        self.t = torch.rand(batch)
-        self.y = torch.arange(batch) % config.num_classes
+        with torch.device(device):
+            with FastRandom():
+                self.model = PixNerd(config).to(dtype)
+                torch.nn.init.normal_(self.model.decoder.linear.weight, std=0.02)
+            self.x = torch.randn(batch, config.in_channels, size, size, dtype=dtype)
+            self.t = torch.rand(batch)
+            self.y = torch.arange(batch) % config.num_classes
         self.target = torch.randn_like(self.x)
+        self.parameters = {official_name(n, config): p for n, p in self.model.named_parameters()}
         with torch.device("meta"):
             self.plain = PlainPixNerd(config)
         # The very same parameters: a step of either trains both.
@@ -103,20 +128,50 @@ def _training(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure: 0 is success, 1 results that differ."""
-    with torch.set_grad_enabled(arguments.training):
-        return _run(arguments)
-
-
-def _run(arguments: argparse.Namespace) -> int:
+    """Measure: 0 is success, 1 results that differ or fail, 2 a bad argument."""
     config = CONFIGS[arguments.config]
     if arguments.blocks:
         config = replace(config, num_blocks=arguments.blocks)
+    try:
+        device, dtype = _place(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if device == "cuda":
+        setting = Setting(config, arguments.size, arguments.batch, device, dtype)
+        return model_gpu.run(arguments, setting, replace(config, encoding="dct"))
+    with torch.set_grad_enabled(arguments.training):
+        return _run(arguments, config)
+
+
+def _place(arguments: argparse.Namespace) -> tuple[str, torch.dtype]:
+    """Device and dtype; fills in the providers.
+
+    Raises:
+        ValueError: the arguments do not go together.
+    """
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    if device == "cpu" and dtype != torch.float32:
+        raise ValueError("--dtype: expected float32 on a CPU, whose results are held against eager's")
+    known = PROVIDERS if device == "cpu" else model_gpu.TRAINING if arguments.training else model_gpu.FORWARDS
+    if unknown := [name for name in arguments.provider if name not in known]:
+        kind = "training" if arguments.training else "forwards"
+        raise ValueError(f"--provider: {', '.join(unknown)} cannot run {kind} on {device}")
+    arguments.provider = [name for name in known if name in arguments.provider] or (
+        list(PROVIDERS) if device == "cpu" else model_gpu.default_providers(arguments.training)
+    )
+    return device, dtype
+
+
+def _run(arguments: argparse.Namespace, config: PixNerdConfig) -> int:
     origin = provenance.collect(sys.argv[1:])
     print(provenance.summary(origin), flush=True)
     if busy := provenance.busy(origin):
         print(f"warning: {busy}", flush=True)
-    names = [name for name in PROVIDERS if name in arguments.provider]
+    names = arguments.provider
     setting = Setting(config, arguments.size, arguments.batch)
     result: dict[str, Any] = {
         "config": arguments.config,
@@ -190,6 +245,8 @@ def _stacks(
 def markdown(document: dict[str, Any]) -> str:
     """Times, ratios and memory, and where a forward's time goes."""
     where = document["provenance"]
+    if "gpu" in where:
+        return _gpu_markdown(document)
     lines = ["| model | pass | provider | s | ours is faster by | peak MB |", "|---|---|---|---:|---:|---:|"]
     parts = []
     for result in document["results"]:
@@ -213,6 +270,13 @@ def markdown(document: dict[str, Any]) -> str:
             parts.append(_launches(result["launches"]))
     note = f"`{where['command']}` on {provenance.summary(where)}; float32."
     return "\n\n".join(["\n".join(lines), *parts, note]) + "\n"
+
+
+def _gpu_markdown(document: dict[str, Any]) -> str:
+    where = document["provenance"]
+    parts = [model_gpu.markdown(result) for result in document["results"]]
+    note = f"`{where['command']}` on {where['gpu']['name']}; {provenance.summary(where)}."
+    return "\n\n".join([*parts, note]) + "\n"
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixnerd_kernels.models import PixNerdConfig
@@ -20,6 +21,13 @@ _PRODUCTS = (
     "pixnerd::pixel_decoder",
 )
 _ATTENTION = ("aten::_scaled_dot_product_flash_attention_for_cpu",)
+#: Parts of the names of GPU kernels that compute attention, and of those that compute matrix products.
+_ATTENTION_KERNELS = ("flash", "fmha", "sdpa", "attention")
+_PRODUCT_KERNELS = (
+    "gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma", "splitk", "triton_tem", "neural_field_mlp", "pixel_decoder",
+)  # fmt: skip
+#: Rows of a profile on a GPU; the rest is summed.
+_ROWS = 30
 
 
 def profile(run: Callable[[], object], config: PixNerdConfig, size: int, batch: int) -> dict[str, Any]:
@@ -52,6 +60,85 @@ def profile(run: Callable[[], object], config: PixNerdConfig, size: int, batch: 
         "shares": shares,
         "rows": ordered,
     }
+
+
+def kernels(run: Callable[[], object]) -> dict[str, Any]:
+    """What one call runs on the GPU: the number of kernels and of copies and fills, and their time by name.
+
+    Raises:
+        RuntimeError: the profiler saw nothing.
+    """
+    for _ in range(2):  # the first starts the profiler's own machinery, and may miss what it should see
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            run()
+            torch.cuda.synchronize()
+    return kernel_rows(
+        [
+            (event.name, event.time_range.elapsed_us() / 1e6)
+            for event in profiler.events()
+            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        ]
+    )
+
+
+def kernel_rows(events: list[tuple[str, float]]) -> dict[str, Any]:
+    """`kernels` from names and seconds."""
+    events = [(name, seconds) for name, seconds in events if "Sync" not in name]
+    if not events:
+        raise RuntimeError("the profiler saw nothing on the GPU")
+    rows: dict[str, dict[str, Any]] = {}
+    for name, seconds in events:
+        row = rows.setdefault(
+            name, {"kernel": name[:160], "calls": 0, "seconds": 0.0, "kind": kernel_kind(name)}
+        )
+        row["calls"] += 1
+        row["seconds"] += seconds
+    moved = sum(row["calls"] for row in rows.values() if row["kind"] == "copy")
+    total = sum(row["seconds"] for row in rows.values())
+    ordered = sorted(rows.values(), key=lambda row: -row["seconds"])
+    for row in ordered:
+        row["share"] = row["seconds"] / total
+    shares = {
+        kind: sum(row["share"] for row in ordered if row["kind"] == kind)
+        for kind in ("product", "attention", "other", "copy")
+    }
+    rest = ordered[_ROWS:]
+    return {
+        "kernels": len(events) - moved,
+        "copies": moved,
+        "seconds": total,
+        "shares": shares,
+        "rows": ordered[:_ROWS],
+        "others": {"names": len(rest), "calls": sum(row["calls"] for row in rest),
+                   "seconds": sum(row["seconds"] for row in rest)},
+    }  # fmt: skip
+
+
+def kernel_kind(name: str) -> str:
+    """Of a GPU kernel: "attention", "product", "copy" (also fills), or "other": norms, gates and the like."""
+    lower = name.lower()
+    if name.startswith(("Memcpy", "Memset")):
+        return "copy"
+    if any(part in lower for part in _ATTENTION_KERNELS):
+        return "attention"
+    return "product" if any(part in lower for part in _PRODUCT_KERNELS) else "other"
+
+
+def kernel_table(result: dict[str, Any], least: float = 0.005) -> str:
+    """Rows above a share of `least`, and the sums."""
+    lines = [f"  {'kernel':100} {'calls':>5} {'ms':>9} {'share':>6}"]
+    for row in result["rows"]:
+        if row["share"] >= least:
+            lines.append(
+                f"  {row['kernel'][:100]:100} {row['calls']:5} {row['seconds'] * 1e3:9.3f} {row['share']:6.1%}"
+            )
+    shares = result["shares"]
+    lines.append(
+        f"  {result['kernels']} kernels, {result['copies']} copies and fills: {result['seconds'] * 1e3:.3f} ms; matrix "
+        f"products {shares['product']:.1%}, attention {shares['attention']:.1%}, everything else "
+        f"{shares['other'] + shares['copy']:.1%}"
+    )
+    return "\n".join(lines)
 
 
 def _kind(op: str) -> str:

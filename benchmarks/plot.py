@@ -203,6 +203,41 @@ def ratios(document: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def gpu(document: dict[str, Any], path: Path) -> None:
+    """Device time of every case over ours, on a logarithmic scale, with ours' share of the roofline.
+
+    Raises:
+        ValueError: no case has a time of ours and another's.
+    """
+    found = [result for result in document["results"] if "median_s" in result["providers"].get("ours", {})]
+    if not any(len(result["providers"]) > 1 for result in found):
+        raise ValueError("nothing to plot: no case has a time of ours and another's")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, (axis,) = _figure(9, 0.42 * len(found) + 1.6, 1, document)
+    for offset, name in ((-0.2, "eager"), (0.2, "compile")):
+        timed = [
+            (row, r["providers"]) for row, r in enumerate(found) if "median_s" in r["providers"].get(name, {})
+        ]
+        ratios = [each[name]["median_s"] / each["ours"]["median_s"] for _, each in timed]
+        bars = axis.barh(
+            [row + offset for row, _ in timed], [ratio - 1 for ratio in ratios], 0.38, left=1,
+            color=_COLOURS[name], label=f"{name} over ours",
+        )  # fmt: skip
+        axis.bar_label(bars, [f"{ratio:.2g}x" for ratio in ratios], padding=3, fontsize=7)
+    shares = [f"{100 * result['providers']['ours']['share_of_roofline']:.0f}%" for result in found]
+    names = [
+        f"{result['case']} ({share} of the roofline)" for result, share in zip(found, shares, strict=True)
+    ]
+    axis.set_yticks(range(len(found)), names, fontsize=8)
+    axis.set_xscale("log")
+    axis.axvline(1, color="#333333", lw=0.8)
+    axis.invert_yaxis()
+    axis.set_xlabel("device time over ours; above 1 ours is faster")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
 def _figure(width: float, height: float, rows: int, document: dict[str, Any]) -> tuple[Any, Any]:
     """A figure with axes below each other and the conditions under them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

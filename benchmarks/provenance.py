@@ -41,7 +41,8 @@ def collect(arguments: list[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pixnerd_kernels": pixnerd_kernels.__version__,
-        "commit": _git("rev-parse", "HEAD"),
+        # A copy of the files without their history is told its commit.
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("PIXNERD_COMMIT"),
         "dirty": None if (status := _git("status", "--porcelain", *_CODE)) is None else bool(status),
         "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

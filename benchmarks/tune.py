@@ -7,9 +7,8 @@ import itertools
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,18 +36,27 @@ def problem_of(case: Case) -> Any:
 
 
 def plans(problem: Any) -> Iterator[Any]:
-    """Every plan worth trying: whole hidden dimensions in pieces, and single pieces at a time."""
+    """Every plan worth trying: the hidden dimension whole, in pieces, or a part of it at a time."""
     from pixnerd_kernels.ops.gpu.launch import padded
     from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan
 
     whole = padded(problem.hidden)
-    sizes = (16, 32, 64, 128)
-    for tile, piece, warps, stages in itertools.product(sizes, sizes, (4, 8), (1, 2, 3)):
-        if tile > padded(problem.pixels) or piece > whole:
-            continue
-        for pieces in sorted({1, 2, -(-problem.hidden // piece)}):
-            if pieces <= 8 and piece * pieces < problem.hidden + piece:
-                yield Plan(tile, piece, pieces, warps, stages)
+    sizes = [size for size in (32, 64, 128) if whole // 4 <= size <= whole] or [whole]
+    tiles = [
+        tile
+        for tile in ((16, 32, 64) if problem.training else (32, 64, 128))
+        if tile <= padded(problem.pixels)
+    ]
+    for tile, piece, warps in itertools.product(tiles or [padded(problem.pixels)], sizes, (4, 8)):
+        for pieces in sorted({1, -(-problem.hidden // piece)}):
+            if problem.training:
+                # A chunk of the hidden dimension at a time has loads that must not be moved past its stores.
+                stages = (1, 3) if piece * pieces >= problem.hidden else (1,)
+                for depth in stages:
+                    yield Plan(tile, piece, pieces, warps, 0, depth == 1, depth)
+            else:
+                for registers, ahead in itertools.product((0, 168 if warps == 4 else 128), (False, True)):
+                    yield Plan(tile, piece, pieces, warps, registers, ahead)
 
 
 def passes(case: Case, shape: Shape, plan: Any, device: torch.device) -> tuple[Callable[[], Any], Any, Any]:
@@ -74,34 +82,55 @@ def _under(plan: Any, function: Callable[[], object]) -> Any:
         return function()
 
 
+_FAULT, _AFTER_A_FAULT = "faulted", "not tried: its process had faulted"
+_faulted = False
+
+
 def problem_with(case: Case, plan: Any, device: torch.device) -> str:
     """Why a plan cannot be taken, or "": an invalid one may compile to a kernel that does nothing."""
+    global _faulted
+    if _faulted:
+        return _AFTER_A_FAULT
     try:
         run, out, tensors = passes(case, case.smoke, plan, device)
         results = run()
         results = (out, *results) if case.training else (results,)
+        wrong = [str(error) for error in Truth(case, case.smoke, tensors).errors(results) if not error.ok]
     except Exception as error:
-        return type(error).__name__
-    wrong = [str(error) for error in Truth(case, case.smoke, tensors).errors(results) if not error.ok]
+        # A GPU serves no process that has touched what is not its own.
+        _faulted = "CUDA error" in str(error)
+        return _FAULT if _faulted else f"{type(error).__name__}: {error}"[:200]
     return "; ".join(wrong)
 
 
-def tune(case: Case, rounds: int, device: torch.device, pool: Executor | None = None) -> dict[str, Any]:
-    """Measure every plan of a case that compiles and is right; the fastest is written down.
+def judged(case: Case, candidates: list[Any], device: torch.device, processes: int) -> dict[Any, str]:
+    """What is wrong with each plan; several processes compile them into Triton's cache side by side."""
+    judge = partial(problem_with, case, device=device)
+    if processes < 2:
+        return dict(zip(candidates, map(judge, candidates), strict=True))
+    reasons: dict[Any, str] = {}
+    for _ in range(5):
+        left = [plan for plan in candidates if reasons.get(plan, _AFTER_A_FAULT) == _AFTER_A_FAULT]
+        if not left:
+            break
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            reasons.update(zip(left, pool.map(judge, left), strict=True))
+    return reasons
 
-    A pool's processes compile and check the plans side by side; what they compiled is found in Triton's cache.
-    """
+
+def tune(
+    case: Case, rounds: int, device: torch.device, processes: int = 1, only: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Measure every plan of a case (or `only` these) that compiles and is right; the fastest is written down."""
     from pixnerd_kernels.ops.gpu.launch import target_of
     from pixnerd_kernels.ops.neural_field_mlp.triton import policy
 
     target = target_of(device)
     problem = problem_of(case)
     chosen = policy.choose(problem, target)
-    candidates = list(dict.fromkeys([chosen, *plans(problem)]))
-    judge = partial(problem_with, case, device=device)
-    reasons = list(pool.map(judge, candidates) if pool else map(judge, candidates))
+    candidates = list(dict.fromkeys([chosen, *(only or plans(problem))]))
     found, refused = [], []
-    for plan, reason in zip(candidates, reasons, strict=True):
+    for plan, reason in judged(case, candidates, device, processes).items():
         if reason:
             refused.append({**plan.entry(), "reason": reason})
             print(f"  {plan}: {reason}", file=sys.stderr)
@@ -142,6 +171,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile and check plans")
+    parser.add_argument(
+        "--plan",
+        nargs="+",
+        default=[],
+        metavar="JSON",
+        help='measure these alone, {"tile": 32, "piece": 64, "pieces": 2, "warps": 4, "stages": 3} for one',
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every plan's time as JSON")
 
 
@@ -154,14 +190,19 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown := set(arguments.case or []) - set(known):
         print(f"error: unknown case {', '.join(sorted(unknown))}; known: {', '.join(known)}", file=sys.stderr)
         return 2
+    from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan
+
+    try:
+        only = [Plan(**json.loads(plan)) for plan in arguments.plan]
+    except (TypeError, ValueError) as error:
+        print(f"error: --plan: {error}", file=sys.stderr)
+        return 2
     device = torch.device("cuda", torch.cuda.current_device())
     told = []
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.jobs, spawn) if arguments.jobs > 1 else nullcontext() as pool:
-        for name in arguments.case or known:
-            print(name, flush=True)
-            told.append(tune(CASES[name], arguments.rounds, device, pool))
-            print(json.dumps({key: value for key, value in told[-1].items() if key not in ("plans", "refused")}))
-            if arguments.out:
-                arguments.out.write_text(json.dumps(told, indent=1) + "\n")
+    for name in arguments.case or known:
+        print(name, flush=True)
+        told.append(tune(CASES[name], arguments.rounds, device, arguments.jobs, only))
+        print(json.dumps({key: value for key, value in told[-1].items() if key not in ("plans", "refused")}))
+        if arguments.out:
+            arguments.out.write_text(json.dumps(told, indent=1) + "\n")
     return 0

@@ -90,7 +90,7 @@ def _vae() -> nn.Module:
 class FastRandom(TorchDispatchMode):
     """Random initialisation at the speed of a copy: of every tensor the first 65,536 numbers are drawn, and repeated.
 
-    Timings do not tell the difference,.
+    Timings do not tell the difference.
     """
 
     _DRAWN = 1 << 16

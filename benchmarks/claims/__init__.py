@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import torch
 
 from benchmarks import provenance
 from benchmarks.files import load, save
-from benchmarks.providers import select_providers
+from benchmarks.gpu import gpu
 
 #: What has to agree for a kept result to stand in for a new one.
-SETTINGS = ("cpu", "cores", "threads", "isa", "torch", "python", "commit")
+SETTINGS = ("cpu", "gpu_name", "cores", "threads", "isa", "torch", "python", "commit")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="of the PixNerds: eager, compile, ours; default: all. The others run eager",
+        help="of the PixNerds: eager, compile, ours, ours-compile; GPU: also compile-graph and ours-graph; "
+        "default: all but ours-compile. The others run eager",
     )
-    add("--compile-baselines", action="store_true", help="run the other models under torch.compile too")
+    add(
+        "--compile-baselines",
+        action="store_true",
+        help="run the other models under torch.compile too; GPU: and as CUDA graphs of that, at a step's batch",
+    )
+    add(
+        "--prepare",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="compile first, N cases at a time, into inductor's cache on disk; then measure one after the other",
+    )
     add(
         "--quick",
         action="store_true",
@@ -47,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=[],
         metavar="N",
-        help="more batch sizes; GPU: 8 by default",
+        help="more batch sizes; GPU: 32 by default",
     )
     add("--threads", type=_positive, default=0, help="default: torch's")
     add(
@@ -79,8 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
     from benchmarks.claims import jobs, tables
 
     try:
-        names, providers = jobs.select(arguments.case, arguments.quick), select_providers(arguments.provider)
+        names = jobs.select(arguments.case, arguments.quick)
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        providers = jobs.select_providers(arguments.provider, device)
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here")
         if importlib.util.find_spec("diffusers") is None and not arguments.list:
@@ -94,10 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.quick and not arguments.provider:
-        providers.remove("compile")
+        providers = [name for name in providers if "compile" not in name]
     kind = "-smoke" if arguments.smoke else "-quick" if arguments.quick else ""
     path = arguments.json or arguments.out / f"claims{kind}.json"
-    document = _document(path, arguments)
+    document = _document(path, arguments, device)
     print(provenance.summary(document["provenance"]), flush=True)
     if busy := provenance.busy(document["provenance"]):
         print(f"warning: {busy}", flush=True)
@@ -109,6 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"{len(planned) - len(todo)} of {len(planned)} cases are in {path} already: --fresh repeats them"
         )
     try:
+        if arguments.prepare:
+            prepare(todo, arguments.prepare)
         _measure(todo, document, path)
     except KeyboardInterrupt:
         document["interrupted"] = True
@@ -123,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     return int(any(result["status"] != "ok" for result in document["results"]))
 
 
-def _document(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def _document(path: Path, arguments: argparse.Namespace, device: str) -> dict[str, Any]:
     """A new document, with the results of the file at `path` that this run may keep."""
     fresh: dict[str, Any] = {
         "schema": 1,
@@ -132,6 +148,8 @@ def _document(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "interrupted": False,
         "results": [],
     }
+    if device == "cuda":
+        fresh["provenance"].update(gpu_name=torch.cuda.get_device_name(), gpu=gpu())
     if arguments.fresh or not path.exists():
         return fresh
     settings = [s for s in SETTINGS if not (s == "commit" and arguments.keep_commits)]
@@ -146,16 +164,19 @@ def _job(name: str, providers: list[str], device: str, arguments: argparse.Names
     from benchmarks.claims import jobs
 
     pixnerd = "PixNerd" in name
-    baseline = ["eager", *(["compile"] if arguments.compile_baselines else [])]
+    baseline = ["eager"]
+    if arguments.compile_baselines:
+        baseline += ["compile", "compile-graph"] if device == "cuda" else ["compile"]
     chosen = providers if pixnerd or name == "ablations" else baseline
-    extra = arguments.batch or ([8] if device == "cuda" else [])
+    extra = arguments.batch or ([32] if device == "cuda" else [])
+    full, quick = (jobs.GPU_FULL, jobs.GPU_QUICK) if device == "cuda" else (jobs.FULL, jobs.QUICK)
     batches = jobs.batches(name, extra)
     if arguments.quick and not arguments.batch and not (pixnerd and name in jobs.PIXNERDS):
         batches = (1,)
     return jobs.Job(
         name,
         tuple(chosen),
-        jobs.QUICK if arguments.quick else jobs.FULL,
+        quick if arguments.quick else full,
         batches,
         device,
         arguments.dtype or ("bfloat16" if device == "cuda" else "float32"),
@@ -176,7 +197,8 @@ def _measure(todo: list[Any], document: dict[str, Any], path: Path) -> None:
         begin = time.perf_counter()
         result = launch_process(job)
         where = document["provenance"]
-        result["provenance"] = {key: where[key] for key in (*SETTINGS, "date", "dirty", "load_average")}
+        kept = (*SETTINGS, "date", "dirty", "load_average")
+        result["provenance"] = {key: where[key] for key in kept if key in where}
         result["wall_s"] = time.perf_counter() - begin
         result["job"] = job.to_json()
         others = [r for r in document["results"] if r["case"] != job.name]
@@ -186,13 +208,34 @@ def _measure(todo: list[Any], document: dict[str, Any], path: Path) -> None:
         save(path, document)
 
 
+def prepare(todo: list[Any], at_once: int) -> None:
+    """Compile what the jobs compile, several jobs at once; what fails here fails again when it is measured."""
+    from benchmarks.baselines.networks import NETWORKS
+
+    compiling = [
+        job for job in todo if job.name in NETWORKS and {"compile", "ours-compile"} & {*job.providers}
+    ]
+    with ThreadPoolExecutor(at_once) as pool:
+        for job, code in zip(compiling, pool.map(_prepare_process, compiling), strict=True):
+            if code:
+                print(f"preparing {job.name} ended with {code}", flush=True)
+
+
+def _prepare_process(job: Any) -> int:
+    command = [sys.executable, "-m", "benchmarks.claims.worker", job.to_json()]
+    return subprocess.run(command, env=_environment(), cwd=provenance.ROOT, check=False).returncode
+
+
+def _environment() -> dict[str, str]:
+    return {"KINETO_LOG_LEVEL": "99", **os.environ}
+
+
 def launch_process(job: Any) -> dict[str, Any]:
     """Run a job in a fresh process; one that dies becomes a result that says so."""
-    environment = {"KINETO_LOG_LEVEL": "99", **os.environ}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.claims.worker", job.to_json(), str(file)]
-        done = subprocess.run(command, env=environment, cwd=provenance.ROOT, check=False)
+        done = subprocess.run(command, env=_environment(), cwd=provenance.ROOT, check=False)
         if done.returncode in (130, -2):
             raise KeyboardInterrupt
         if file.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,48 @@ class Row:
 def by_case(document: dict[str, Any]) -> Results:
     """The last result of each case that has times."""
     return {r["case"]: r for r in document["results"] if r["status"] in ("ok", "wrong") or r.get("providers")}
+
+
+def view(results: Results, clock: str = "median_s", images: int | None = None) -> Results:
+    """The results with another clock's seconds in `median_s`'s place; with `images`, each image's share of a batch of
+    so many stands for the one or two images of a step."""
+    seen = copy.deepcopy(results)
+    for result in seen.values():
+        for entry in result.get("providers", {}).values():
+            batches = entry.get("batches", {})
+            if images is not None:
+                seconds = batches.get(str(images), {}).get(clock)
+                numbers = (1, 2) if seconds is not None else ()
+                entry["batches"] = {str(n): {"median_s": n * seconds / images} for n in numbers}
+                continue
+            for measured in batches.values():
+                seconds = measured.pop(clock, None)
+                measured.pop("median_s", None)
+                if seconds is not None:
+                    measured["median_s"] = seconds
+    return seen
+
+
+def gpu_batches(results: Results) -> list[int]:
+    """The batch sizes above a step's that were timed on a GPU."""
+    found = {
+        int(batch)
+        for result in results.values()
+        for entry in result.get("providers", {}).values()
+        for batch, measured in entry.get("batches", {}).items()
+        if "device_s" in measured
+    }
+    return sorted(batch for batch in found if batch > 2)
+
+
+def on_gpu(results: Results) -> bool:
+    """Whether there are times of a device."""
+    return any(
+        "device_s" in measured
+        for result in results.values()
+        for entry in result.get("providers", {}).values()
+        for measured in entry.get("batches", {}).values()
+    )
 
 
 def _entry(results: Results, network: str, provider: str) -> dict[str, Any]:

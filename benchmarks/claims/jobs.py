@@ -11,6 +11,12 @@ from benchmarks.baselines.networks import NETWORKS
 from benchmarks.claims.models import MODELS
 
 PIXNERDS = ("PixNerd-L/16", "PixNerd-XL/16")
+#: Ways to run a PixNerd; those with a graph, a CUDA graph of the way before the hyphen, need a GPU.
+PROVIDERS = ("eager", "compile", "compile-graph", "ours", "ours-compile", "ours-graph")
+_BY_ITSELF = {
+    "cpu": ("eager", "compile", "ours"),
+    "cuda": ("eager", "compile", "compile-graph", "ours", "ours-graph"),
+}
 #: Above this, a guided step is taken as two forwards of one image, and said to be: a CPU would take too long.
 BATCHED_GFLOP = 500.0
 
@@ -36,6 +42,8 @@ class Effort:
 
 
 FULL, QUICK = Effort(seconds=20, least=3, most=15), Effort(seconds=3, least=1, most=3, traced_s=3)
+#: A round on a GPU makes several calls (`device_time.measure`), whose spread is small.
+GPU_FULL, GPU_QUICK = Effort(seconds=2, least=3, most=5), Effort(seconds=1, least=3, most=3)
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,29 @@ def select(patterns: Sequence[str], quick: bool = False) -> list[str]:
     if unknown:
         raise ValueError(f"unknown case {', '.join(unknown)}; known: {', '.join(known)}")
     return [name for name in known if name in chosen]
+
+
+def select_providers(wanted: Sequence[str], device: str) -> list[str]:
+    """The named ones; none means what a device runs by itself.
+
+    Raises:
+        ValueError: a name is unknown, or needs a GPU.
+    """
+    known = [name for name in PROVIDERS if device == "cuda" or not name.endswith("-graph")]
+    if unknown := [repr(name) for name in wanted if name not in known]:
+        raise ValueError(f"unknown provider {', '.join(unknown)}; known on {device}: {', '.join(known)}")
+    return [name for name in known if name in (wanted or _BY_ITSELF[device])]
+
+
+def compiled_batches(job: Job) -> tuple[int, ...]:
+    """The batch sizes that compiled networks run at: on a GPU those of a step and of an image, because compiling takes
+    most of a job's time there."""
+    if job.device != "cuda":
+        return job.batches
+    used = {1 for model in MODELS.values() if job.name in model.once}
+    for model in MODELS.values():
+        used |= {images for stage in model.stages for name, images in stage.networks if name == job.name}
+    return tuple(batch for batch in job.batches if batch in used) or job.batches[:1]
 
 
 def batches(name: str, extra: Sequence[int]) -> tuple[int, ...]:

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import device_time
 from benchmarks.claims.jobs import Effort
 from benchmarks.memory import allocation_peak, resident_peak
 from benchmarks.timing import Samples
+from benchmarks.worker import failure
 
 Call = Callable[[], Tensor]
+#: A round on a GPU makes about so many calls.
+_CALLS_A_ROUND = 6
 
 
 def measure(calls: Mapping[str, Call], device: torch.device, effort: Effort) -> dict[str, dict[str, Any]]:
@@ -24,16 +28,20 @@ def measure(calls: Mapping[str, Call], device: torch.device, effort: Effort) -> 
     `resident` is the growth of the process's peak resident set in the same call, which checks it: it sees
     scratch memory outside of torch too, and misses what malloc had kept from before. `traced` marks a time taken
     while memory was traced (`Effort.traced_s`).
+
+    On a GPU the seconds are those of calls one after the other, as a sampler makes them; `device_s`, `latency_s` and
+    `host_s` are `device_time.Times`'. A call that fails there has its failure as its entry.
     """
+    if device.type == "cuda":
+        return on_gpu(calls, effort)
     entries: dict[str, dict[str, Any]] = {}
     traced = {}
     for name, call in calls.items():
-        call_once = _synchronised(call, device)
-        if device.type != "cpu" or name == "compile":
-            call_once()  # compiles, or lets libraries and caches allocate
+        if "compile" in name:
+            call()  # compiles
         gc.collect()
         start = time.perf_counter()
-        entries[name] = {"memory": _memory(call_once, device)}
+        entries[name] = {"memory": _memory(call)}
         traced[name] = time.perf_counter() - start
     samples = {name: Samples([], []) for name in calls}
     order = list(calls)
@@ -45,9 +53,8 @@ def measure(calls: Mapping[str, Call], device: torch.device, effort: Effort) -> 
     for index in range(rounds):
         shift = index % len(order)
         for name in order[shift:] + order[:shift]:
-            call_once = _synchronised(calls[name], device)
             start = time.perf_counter()
-            call_once()
+            calls[name]()
             samples[name].seconds.append(time.perf_counter() - start)
     for name, entry in entries.items():
         entry.update(
@@ -58,6 +65,42 @@ def measure(calls: Mapping[str, Call], device: torch.device, effort: Effort) -> 
         )
         if "ours" in samples:
             entry["time_over_ours"] = samples[name].ratio(samples["ours"])
+    return entries
+
+
+def on_gpu(calls: Mapping[str, Call], effort: Effort) -> dict[str, dict[str, Any]]:
+    """`measure` on a GPU."""
+    entries: dict[str, dict[str, Any]] = {}
+    running = {}
+    one = 0.0
+    for name, call in calls.items():
+        try:
+            if not name.endswith("-graph"):  # whose memory is that of its first call, which records it
+                call()  # compiles, or lets libraries and caches allocate
+            peak = device_time.peak_memory(call, times=2)
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            one += time.perf_counter() - start
+        except Exception as error:
+            entries[name] = failure(error)
+            continue
+        running[name] = call
+        entries[name] = {"memory": {"peak": peak, "resident": None}}
+    if not running:
+        return entries
+    times = device_time.measure(running, effort.rounds(_CALLS_A_ROUND * one))
+    for name, found in times.items():
+        entry = entries[name]
+        entry.update(found.summary())
+        entry.update(
+            median_s=entry["repeated_s"],
+            p20_s=entry["repeated_p20_s"],
+            p80_s=entry["repeated_p80_s"],
+            runs=entry["rounds"],
+        )
+        if "ours" in times:
+            entry["time_over_ours"] = found.ratio(times["ours"], "repeated")
     return entries
 
 
@@ -87,12 +130,7 @@ def _synchronised(call: Call, device: torch.device) -> Call:
     return run
 
 
-def _memory(call: Call, device: torch.device) -> dict[str, int | None]:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return {"peak": torch.cuda.max_memory_allocated(device) - before, "resident": None}
+def _memory(call: Call) -> dict[str, int | None]:
     peaks = []
 
     def traced() -> tuple[Tensor, ...]:

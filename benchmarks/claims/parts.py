@@ -42,6 +42,9 @@ def halves(job: Job, config: PixNerdConfig) -> Iterator[dict[str, Any]]:
             calls = split.halves(model, plain, x, t, y)
             calls = {name: call for name, call in calls.items() if name.split()[-1] in job.providers}
             entries = measure(calls, device, job.effort)
+            if lost := [entry for entry in entries.values() if "median_s" not in entry]:
+                yield {"halves": {str(size): {"all": lost[0]}}}
+                continue
             entries = {
                 name: {**entry, "gflop": _gflop(config, size, name)} for name, entry in entries.items()
             }
@@ -111,7 +114,8 @@ def ablations(job: Job, config: PixNerdConfig) -> Iterator[dict[str, Any]]:
                 head = PixelDecoder(**{**official, **changed}).eval().requires_grad_(False).to(dtype)
             calls[name] = lambda head=head: head(x, states)  # type: ignore[misc]
         with torch.no_grad():
-            yield {"ablations": {group: measure(calls, device, job.effort)}}
+            entries = measure(calls, device, job.effort)
+        yield {"ablations": {group: entries}}
     evaluations = {name: samplers.pixnerd_evaluations(**options) for name, options in SOLVERS.items()}
     yield {"solvers": {name: {"guided": both, "single": one} for name, (both, one) in evaluations.items()}}
 

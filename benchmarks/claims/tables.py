@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.baselines.networks import NETWORKS
-from benchmarks.claims.costs import Cost, Results, Row, by_case, row
+from benchmarks.claims.costs import Cost, Results, Row, by_case, gpu_batches, on_gpu, row, view
+from benchmarks.claims.jobs import PROVIDERS
 from benchmarks.claims.models import EQUAL_STEPS, MODELS, Model
 from benchmarks.claims.parts import SOLVERS
 from benchmarks.provenance import summary
-
-PROVIDERS = ("eager", "compile", "ours")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -122,11 +121,12 @@ def _ratio(other: Cost | None, own: Cost | None) -> str:
 def networks(results: Results) -> str:
     """What was run, as it was run."""
     lines = []
+    gpu = on_gpu(results)
     for name, result in results.items():
         for provider, entry in result.get("providers", {}).items():
             status = entry.get("status", result["status"])
             if status != "ok":
-                lines.append([f"{name}, {provider}", "", "", "", "", "", "", "", status])
+                lines.append([f"{name}, {provider}", *[""] * (8 if gpu else 7), status])
             for batch, measured in entry.get("batches", {}).items():
                 memory = measured.get("memory", {})
                 rate = (
@@ -139,6 +139,7 @@ def networks(results: Results) -> str:
                         f"{name}, {provider}",
                         batch,
                         f"{measured['median_s']:.3g}" if "median_s" in measured else measured["status"],
+                        *([f"{measured['device_s']:.3g}" if "device_s" in measured else "-"] if gpu else []),
                         f"{measured.get('runs', '-')}{' (traced)' if measured.get('traced') else ''}",
                         f"{result.get('gflop', 0) * int(batch):.1f}",
                         f"{rate:.0f}",
@@ -151,6 +152,7 @@ def networks(results: Results) -> str:
         "network",
         "images",
         "s",
+        *(["device s"] if gpu else []),
         "runs",
         "GFLOP",
         "GFLOP/s",
@@ -193,6 +195,7 @@ def ablations(results: Results) -> str:
         [f"{group}: {setting}", f"{entry['median_s'] * 1e3:.3g}", f"{entry['memory']['peak'] / 1e6:.1f}"]
         for group, settings in result.get("ablations", {}).items()
         for setting, entry in settings.items()
+        if "median_s" in entry
     ]
     return table(["head of L/16 (ours), one image of 256 x 256", "ms", "peak MB"], lines)
 
@@ -243,19 +246,34 @@ call (in the table of networks). The paper states neither GPU nor batch for its 
 torch.compile on a GPU. All weights are random; the other models run eager unless they say compile."""
 
 
+GPU_NOTES = """\
+On a GPU seconds are those of calls one after the other with one synchronisation at the end, as a sampler makes them: at
+one or two images Python's launches decide them, unless a CUDA graph replays them ("-graph"). The device's time alone is
+between two events, the device waiting until the host has enqueued the call. Compiled networks ran at the batch sizes
+of a step."""
+
+
 def markdown(document: dict[str, Any]) -> str:
     """All tables with their conditions."""
     results = by_case(document)
+    gpu = on_gpu(results)
     where = document["provenance"]
     sections = [
         "## The paper's Table 1, measured here",
         main_table(results),
         NOTES,
+        *([GPU_NOTES] if gpu else []),
         "## PixNerd against the others: their time over PixNerd's",
         ratios(results),
-        "## The networks",
-        networks(results),
     ]
+    if gpu:
+        sections += ["## The same of the device's time alone", ratios(view(results, "device_s"))]
+    for images in gpu_batches(results):
+        sections += [
+            f"## The same of an image's share of {images} at a time",
+            ratios(view(results, images=images)),
+        ]
+    sections += ["## The networks", networks(results)]
     noise = results.get("block-noise", {})
     if "drawn" in noise:
         seconds = noise["providers"]["eager"]["median_s"]
