@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _override: Any = None
+_version = 0
 
 
 @functools.cache
@@ -24,6 +25,11 @@ def _entries(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def entry(path: Path, gpu: str, problem: str) -> dict[str, Any] | None:
     """The committed plan of a problem on this GPU, or None."""
     return _entries(path).get(gpu, {}).get(problem)
+
+
+def version() -> int:
+    """A number that changes with every entry that this process writes."""
+    return _version
 
 
 def overridden() -> Any:
@@ -45,7 +51,9 @@ def override(plan: Any) -> Iterator[None]:
 
 def save(path: Path, gpu: str, problem: str, plan: dict[str, Any]) -> None:
     """Write an entry, replacing that of the same GPU and problem."""
+    global _version
     entries = json.loads(path.read_text()) if path.exists() else {}
     entries.setdefault(gpu, {})[problem] = plan
     path.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
     _entries.cache_clear()
+    _version += 1

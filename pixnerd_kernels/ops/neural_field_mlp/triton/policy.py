@@ -12,6 +12,7 @@ been timed.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,7 +109,13 @@ def choose(problem: Problem, target: Target) -> Plan:
     """The tuned plan of this GPU and problem, or the heuristic's."""
     if isinstance(plan := tuned.overridden(), Plan):
         return plan
-    if entry := tuned.entry(TUNED, target.name, problem.key):
+    return _chosen(problem, target, TUNED, tuned.version())
+
+
+@functools.lru_cache(maxsize=1024)
+def _chosen(problem: Problem, target: Target, path: Path, version: int) -> Plan:
+    """`choose` without what is overridden, which calls of an op ask for every time."""
+    if entry := tuned.entry(path, target.name, problem.key):
         return Plan(**entry)
     return _backward(problem, target) if problem.training else _forward(problem, target)
 
