@@ -275,7 +275,7 @@ def markdown(document: dict[str, Any]) -> str:
 def _gpu_markdown(document: dict[str, Any]) -> str:
     where = document["provenance"]
     parts = [model_gpu.markdown(result) for result in document["results"]]
-    note = f"`{where['command']}` on {where['gpu']['name']}; {provenance.summary(where)}."
+    note = f"`{where['command']}` on {provenance.summary(where)}."
     return "\n\n".join([*parts, note]) + "\n"
 
 

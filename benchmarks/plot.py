@@ -171,7 +171,8 @@ def stacks(document: dict[str, Any], path: Path) -> None:
             axis.bar_label(bars, labels, label_type="center", fontsize=8)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axis.set_title(
-            f"{result['config']}, {result['size']}x{result['size']}, batch {result['batch']}, float32: forward",
+            f"{result['config']}, {result['size']}x{result['size']}, batch {result['batch']}, "
+            f"{result.get('dtype', 'float32')}: forward",
             fontsize=9,
         )
         axis.set_xlabel("s")
@@ -230,6 +231,9 @@ def gpu(document: dict[str, Any], path: Path) -> None:
     ]
     axis.set_yticks(range(len(found)), names, fontsize=8)
     axis.set_xscale("log")
+    ticks = [tick for tick in (0.5, 1, 2, 3, 5, 10, 20, 50) if tick < axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axis.minorticks_off()
     axis.axvline(1, color="#333333", lw=0.8)
     axis.invert_yaxis()
     axis.set_xlabel("device time over ours; above 1 ours is faster")

@@ -53,6 +53,9 @@ def collect(arguments: list[str]) -> dict[str, Any]:
 def summary(provenance: dict[str, Any]) -> str:
     """One line for tables and plots."""
     commit = (provenance["commit"] or "no commit")[:10] + ("+changes" if provenance["dirty"] else "")
+    if card := provenance.get("gpu"):
+        triton = f"Triton {provenance['triton']}, " if provenance.get("triton") else ""
+        return f"{card['name']}, torch {provenance['torch']}, {triton}{commit}, {provenance['date'][:10]}"
     return (
         f"{provenance['cpu']}, {provenance['threads']} threads, core {provenance['isa'].split(' ')[0]}, "
         f"torch {provenance['torch']}, Python {provenance['python']}, {commit}, {provenance['date'][:10]}"

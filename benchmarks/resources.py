@@ -173,7 +173,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
     columns = list(asdict(rows[0]))
     lines = [
-        f"`python -m benchmarks resources`: compiled ahead of time with Triton {triton.__version__}, run on no GPU.",
+        f"`python -m benchmarks resources`: compiled ahead of time with Triton {triton.__version__}.",
         "Memory in bytes, tensor memory in columns; spills are stack bytes on NVIDIA GPUs, registers on AMD's.",
         "",
         "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",

@@ -60,7 +60,7 @@ def sample(
         span: (first, last) makes the steps first to last - 1 of the num_steps alone, from noise, which is then x at
             the first one's time, to the result, x at the last one's end; Adams and Heun start anew. None is all.
         cuda_graph: capture one evaluation as a CUDA graph (two where only some steps are guided), and replay it in
-            every step; noise must be on a CUDA device. Not run on a GPU in this project yet.
+            every step; noise must be on a CUDA device.
         compile_mode: evaluate velocity through torch.compile in this mode, as one graph; "reduce-overhead" replays CUDA
             graphs on a GPU. Compiled once for each batch size; later calls with the same velocity find it there.
         on_step: called with the number of steps done (from 1; the steps before the span count) and x.

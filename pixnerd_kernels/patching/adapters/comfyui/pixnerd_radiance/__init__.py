@@ -22,13 +22,13 @@ def estimate(
 
         before   the larger of  6 n D1 D2 (generated and normalised matrices) + n P² (3 D1 + 2 D2) (activations) + F
                  and 4 F (putting the tiles together)
-        after    two chunks of generated matrices, of 64 MiB each at most, + F
+        after    two chunks of generated matrices, of 256 MiB each at most (64 on a CPU), + F
     """
     patches = (height // patch) * (width // patch)
     n = batch * (min(tile, patches) if tile else patches)
     features = channels * height * width * batch
     block = 6 * n * channels * hidden + n * patch**2 * (3 * channels + 2 * hidden)
-    chunk = min(64 << 20, 3 * batch * patches * channels * hidden * itemsize)
+    chunk = min(256 << 20, 3 * batch * patches * channels * hidden * itemsize)
     return max(block + features, 4 * features) * itemsize, 2 * chunk + features * itemsize
 
 
