@@ -28,7 +28,7 @@ class Times:
         device: between two events. The device first waits until all of the call is enqueued, so the host's work does
             not show, as under a CUDA graph.
         ahead: whether that worked. A call that synchronises, or has more launches than the queue holds (1024), shows
-            part of the host's work in `device`.
+            part of the host's work in `device`; where any round was ahead, the others do not count.
         latency: from the call to the end of its last kernel, with a synchronisation for every call.
         host: from the call to its return, on an idle device.
         repeated: of calls one after the other with one synchronisation after the last, as a sampler makes them.
@@ -45,6 +45,8 @@ class Times:
         result: dict[str, Any] = {"rounds": len(self.device), "ahead": float(np.mean(self.ahead))}
         for name in ("device", "latency", "host", "repeated"):
             values = getattr(self, name)
+            if name == "device" and any(self.ahead):
+                values = [value for value, ahead in zip(values, self.ahead, strict=True) if ahead]
             result[f"{name}_s"] = float(np.median(values))
             result[f"{name}_p20_s"] = float(np.quantile(values, 0.2))
             result[f"{name}_p80_s"] = float(np.quantile(values, 0.8))
@@ -98,22 +100,36 @@ def cycles_per_second() -> float:
     return 20_000_000 / (start.elapsed_time(end) / 1e3)
 
 
-def device_seconds(call: Call, host: float, rate: float) -> tuple[float, bool]:
+def device_seconds(call: Call, host: float, rate: float, before: Call | None = None) -> tuple[float, bool]:
     """A call's time on the device, which waits for the host before, and whether it waited long enough.
 
+    A wait that was too short is repeated twice as long, up to LONGEST_WAIT.
+
     Args:
-        host: seconds that the call takes to return. rate: of `cycles_per_second`.
+        host: seconds that the call takes to return. rate: of `cycles_per_second`. before: work for the device that is
+            not timed.
     """
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(int(rate * min(1.5 * host + 2e-4, LONGEST_WAIT)))
-    start.record()
-    result = call()
-    end.record()
-    ahead = not start.query()
-    torch.cuda.synchronize()
-    del result
-    return start.elapsed_time(end) / 1e3, ahead
+    wait = min(1.5 * host + 2e-4, LONGEST_WAIT)
+    while True:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        if before is not None:
+            before()
+        torch.cuda._sleep(int(rate * wait))
+        start.record()
+        result = call()
+        end.record()
+        ahead = not start.query()
+        torch.cuda.synchronize()
+        del result
+        if ahead or wait >= LONGEST_WAIT:
+            return start.elapsed_time(end) / 1e3, ahead
+        wait = min(2 * wait, LONGEST_WAIT)
+
+
+def host_seconds(call: Call, calls: int = 5) -> float:
+    """The host's time to enqueue one call on an idle device: the median of some."""
+    return float(np.median([_latency(call)[1] for _ in range(calls)]))
 
 
 def _latency(call: Call) -> tuple[float, float]:

@@ -10,12 +10,10 @@ backward it moves 4.3 GB and computes 481 GFLOP: 1.43 ms and 0.60 ms.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import multiprocessing
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from benchmarks import blocks, provenance
 from benchmarks.check import Truth
+from benchmarks.device_time import cycles_per_second, device_seconds, host_seconds, peak_memory
 from benchmarks.heads import PixelDecoder
 from benchmarks.providers import PROVIDERS, call
 from benchmarks.registry import Case, NeuralFieldMLP, NormalizeWeights, Shape
@@ -113,30 +112,6 @@ def wrong(case: Case, provider: str, device: torch.device) -> str:
     return "; ".join(str(error) for error in errors if not error.ok)
 
 
-def host_milliseconds(function: Callable[[], object], calls: int = 5) -> float:
-    """The CPU's time to enqueue one call, behind which a GPU hides it as long as it has other work."""
-    times = []
-    for _ in range(calls):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begin)
-    torch.cuda.synchronize()
-    return 1e3 * float(np.median(times))
-
-
-@functools.cache
-def _cycles_per_millisecond() -> float:
-    cycles = 20_000_000
-    torch.cuda._sleep(cycles)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    torch.cuda._sleep(cycles)
-    end.record()
-    torch.cuda.synchronize()
-    return cycles / start.elapsed_time(end)
-
-
 def milliseconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Device time of each function in each round, with the cache overwritten before every call.
 
@@ -144,35 +119,19 @@ def milliseconds(functions: dict[str, Callable[[], object]], rounds: int) -> dic
     """
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in functions}
-    waits = {}
+    hosts = {}
     for name, function in functions.items():
         for _ in range(3):
             function()
-        waits[name] = int((0.2 + 2 * host_milliseconds(function, 3)) * _cycles_per_millisecond())
-    torch.cuda.synchronize()
+        hosts[name] = host_seconds(function, 3)
+    rate = cycles_per_second()
     for _ in range(rounds):
         for name, function in functions.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            torch.cuda._sleep(waits[name])
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end))
+            seconds, ahead = device_seconds(function, hosts[name], rate, flush.zero_)
+            if not ahead:
+                print(f"{name}: the CPU's time shows in the device's", file=sys.stderr)
+            times[name].append(1e3 * seconds)
     return times
-
-
-def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes that one call allocates beyond what was live, at its peak."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = function()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del results
-    return peak
 
 
 def measured_rates(device: torch.device) -> Rates:
@@ -279,14 +238,14 @@ def measure(
         except Exception as error:
             functions.pop(name, None)
             entry.update(status="error", reason=f"{type(error).__name__}: {error}"[:2000])
-    hosts = {name: host_milliseconds(function) for name, function in functions.items()}
+    hosts = {name: host_seconds(function) for name, function in functions.items()}
     for name, times in milliseconds(functions, rounds).items():
         seconds = float(np.median(times)) / 1e3
         recompute = PROVIDERS[name].recompute
         flops, ours = case.flops(case.shape, recompute), rates.roofline(case, case.shape, recompute=True)
         result["providers"][name].update(
             median_s=seconds,
-            host_s=hosts[name] / 1e3,
+            host_s=hosts[name],
             p20_s=float(np.quantile(times, 0.2)) / 1e3,
             p80_s=float(np.quantile(times, 0.8)) / 1e3,
             bytes_per_s=result["bytes"] / seconds,

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gc
 import importlib.metadata
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -114,7 +115,11 @@ class Truth:
     """The plain model's results in float64, and the error that plain PyTorch's own dtype makes.
 
     Of a forward two images are compared, the batch's first and last; of a training step the first numbers of every
-    gradient, each parameter's difference by its norm. float64 takes the batch in small parts.
+    gradient, each parameter's by itself. float64 takes the batch in small parts.
+
+    Attributes:
+        allowed: of a forward, its relative error by the house rule. Of a training step 1, the bound that the rule sets
+            for each parameter, of which `error` tells the largest fraction.
     """
 
     def __init__(self, bench: Bench) -> None:
@@ -140,14 +145,25 @@ class Truth:
             plain = [setting.plain(x, t, y)]
         del exact
         _clean()
-        self.allowed = 2 * self._error(plain) + 4 * torch.finfo(setting.x.dtype).eps
+        eps = torch.finfo(setting.x.dtype).eps
+        self.norms = [each.norm().item() for each in self.exact]
+        self.bounds = [
+            2 * error + 4 * eps * norm for error, norm in zip(self._errors(plain), self.norms, strict=True)
+        ]
+        self.allowed = 1.0 if bench.training else self.bounds[0] / self.norms[0]
 
     def error(self, forward: Forward) -> float:
-        """Of a provider on the whole batch, relative to the norm; not finite where its results are not."""
-        if self.bench.training:
-            return self._error([_head(g) for g in self.bench.gradients(forward)])
+        """Of a provider on the whole batch, to be held against `allowed`; not finite where its results are not."""
         setting = self.setting
-        return self._error([forward(setting.x, setting.t, setting.y)[self.images]])
+        if not self.bench.training:
+            (error,) = self._errors([forward(setting.x, setting.t, setting.y)[self.images]])
+            return error / self.norms[0]
+        errors = self._errors([_head(g) for g in self.bench.gradients(forward)])
+        # A gradient that is zero in float64 has to be zero.
+        parts = [
+            e / b if b else (0.0 if not e else math.inf) for e, b in zip(errors, self.bounds, strict=True)
+        ]
+        return max(parts, key=lambda part: math.inf if math.isnan(part) else part)
 
     def _gradients(self, model: nn.Module, part: int) -> list[Tensor]:
         setting = self.setting
@@ -164,13 +180,9 @@ class Truth:
             total = [a + b for a, b in zip(total, found, strict=True)] if total else found
         return total
 
-    def _error(self, found: Sequence[Tensor]) -> float:
-        squares = []
-        for out, exact in zip(found, self.exact, strict=True):
-            norm = exact.norm()
-            if norm > 0:
-                squares.append(((out.double() - exact).norm() / norm).square())
-        return torch.stack(squares).mean().sqrt().item()
+    def _errors(self, found: Sequence[Tensor]) -> list[float]:
+        """||found - exact|| of each tensor."""
+        return [(out.double() - exact).norm().item() for out, exact in zip(found, self.exact, strict=True)]
 
 
 def _head(gradient: Tensor) -> Tensor:

@@ -41,18 +41,25 @@ def collect(arguments: list[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pixnerd_kernels": pixnerd_kernels.__version__,
-        # A copy of the files without their history is told its commit.
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("PIXNERD_COMMIT"),
-        "dirty": None if (status := _git("status", "--porcelain", *_CODE)) is None else bool(status),
+        **_commit(),
         "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 
+def _commit() -> dict[str, Any]:
+    """What git says; or what PIXNERD_COMMIT says of a copy of the files without their history, which nobody checks."""
+    if told := os.environ.get("PIXNERD_COMMIT"):
+        return {"commit": told, "dirty": None, "commit_source": "told by PIXNERD_COMMIT"}
+    status = _git("status", "--porcelain", *_CODE)
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
 def summary(provenance: dict[str, Any]) -> str:
     """One line for tables and plots."""
     commit = (provenance["commit"] or "no commit")[:10] + ("+changes" if provenance["dirty"] else "")
+    commit += " (as told)" if provenance.get("commit_source") else ""
     if card := provenance.get("gpu"):
         triton = f"Triton {provenance['triton']}, " if provenance.get("triton") else ""
         return f"{card['name']}, torch {provenance['torch']}, {triton}{commit}, {provenance['date'][:10]}"

@@ -50,8 +50,8 @@ def plans(problem: Any) -> Iterator[Any]:
     for tile, piece, warps in itertools.product(tiles or [padded(problem.pixels)], sizes, (4, 8)):
         for pieces in sorted({1, -(-problem.hidden // piece)}):
             if problem.training:
-                # A chunk of the hidden dimension at a time has loads that must not be moved past its stores.
-                stages = (1, 3) if piece * pieces >= problem.hidden else (1,)
+                # Where a kernel reads what it has written, loads must not be moved before the stores.
+                stages = (1, 3) if piece * pieces >= problem.hidden and not problem.decoder else (1,)
                 for depth in stages:
                     yield Plan(tile, piece, pieces, warps, 0, depth == 1, depth)
             else:

@@ -156,6 +156,23 @@ def test_every_provider_of_a_gpu_is_checked_timed_and_tabled(gpu, capsys, tmp_pa
     assert ("stacks" in result) != training
 
 
+@pytest.mark.parametrize("change", [torch.zeros_like, torch.neg], ids=["zero", "turned"])
+def test_one_wrong_gradient_is_seen(monkeypatch, change):
+    bench = model_gpu.Bench(model.Setting(TINY, 16, 2, "cpu", torch.bfloat16), training=True)
+    truth = model_gpu.Truth(bench)
+    assert truth.error(bench.setting.model) <= truth.allowed
+    right = bench.gradients
+    for index in (0, len(truth.exact) // 2):
+
+        def wrong(forward, index=index):
+            found = list(right(forward))
+            found[index] = change(found[index])
+            return found
+
+        monkeypatch.setattr(bench, "gradients", wrong)
+        assert not truth.error(bench.setting.model) <= truth.allowed
+
+
 def test_a_wrong_or_failing_provider_leaves_the_others(gpu, monkeypatch, capsys):
     right = model.PixNerd.forward
     monkeypatch.setattr(model.PixNerd, "forward", lambda *arguments: right(*arguments) * 1.5)

@@ -37,7 +37,7 @@ def test_a_case_is_checked_timed_and_tabled(name, monkeypatch):
     monkeypatch.setattr(
         gpu, "milliseconds", lambda functions, rounds: {n: [2.0, 1.0, 4.0] for n in functions}
     )
-    monkeypatch.setattr(gpu, "host_milliseconds", lambda function: 0.5)
+    monkeypatch.setattr(gpu, "host_seconds", lambda function: 5e-4)
     monkeypatch.setattr(gpu, "peak_memory", lambda function: len(function()))
     case = gpu.CASES[name]
     small = SMALL.get(name, {"N": 2})
@@ -53,7 +53,7 @@ def test_a_case_is_checked_timed_and_tabled(name, monkeypatch):
 
 def test_wrong_results_of_ours_are_not_timed(monkeypatch):
     monkeypatch.setattr(gpu, "milliseconds", lambda functions, rounds: {n: [1.0] for n in functions})
-    monkeypatch.setattr(gpu, "host_milliseconds", lambda function: 0.5)
+    monkeypatch.setattr(gpu, "host_seconds", lambda function: 5e-4)
     monkeypatch.setattr(gpu, "peak_memory", lambda function: 0)
     monkeypatch.setattr(gpu, "wrong", lambda *arguments: "everything is off")
     case = gpu.CASES["weights-bf16-forward"]
