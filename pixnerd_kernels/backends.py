@@ -216,8 +216,6 @@ def not_supported_reasons(
     return reasons
 
 
-# Cached: ops ask at every call, and nothing that the answer depends on changes while a process lives.
-@functools.cache
 def select(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> str:
     """The backend that runs `op` for these tensors: the forced one, or the best that can.
 
@@ -225,6 +223,13 @@ def select(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> st
         TypeError: no backend computes in this dtype.
         NotImplementedError: the forced backend cannot run; the message lists every reason.
     """
+    return _select(op, device, dtype, forced, _load_native()[1] if device.type == "cpu" else "")
+
+
+# Ops ask at every call, and nothing else that the answer depends on changes while a process lives.
+@functools.cache
+def _select(op: str, device: torch.device, dtype: torch.dtype, forced: str, missing: str) -> str:
+    """`select`, where `missing` says why there is no compiled core for CPU tensors."""
     if dtype not in FLOATS:
         raise TypeError(f"{op}: expected float32, float64, bfloat16 or float16, got {dtype}")
     if forced:
@@ -233,7 +238,6 @@ def select(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> st
             raise NotImplementedError(f"{op} cannot run on the forced backend {forced!r}:\n{lines}")
         return forced
     if device.type == "cpu" and op in CPU_OPS:
-        _, missing = _load_native()
         if not missing:
             return "cpu"
         _warn_missing_core(missing)

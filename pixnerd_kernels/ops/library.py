@@ -60,10 +60,21 @@ def _function_modes() -> bool:
     return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in stack)
 
 
+def _ordinary(tensor: torch.Tensor) -> bool:
+    """Whether a kernel may read the tensor's memory: no subclass, sparse, meta, lazily negated or zero tensor, nor the
+    batched ones of vmap and of gradients computed several at a time, which have no memory."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.layout is torch.strided
+        and torch._C._has_storage(tensor)
+        and not (tensor.is_neg() or tensor.is_meta or tensor._is_zerotensor())
+    )
+
+
 def plain(*tensors: Any) -> tuple[Any, ...] | None:
     """Shapes, dtypes and devices of tensors (None stays None), where a call with them does not need the dispatcher.
 
-    None where it does: somebody watches, or a tensor is no ordinary one (a subclass, sparse, meta or lazily negated).
+    None where it does: somebody watches, or a tensor is no ordinary one.
     """
     if watched():
         return None
@@ -71,11 +82,7 @@ def plain(*tensors: Any) -> tuple[Any, ...] | None:
     for tensor in tensors:
         if tensor is None:
             found.append(None)
-        elif (
-            type(tensor) in _PLAIN
-            and tensor.layout is torch.strided
-            and not (tensor.is_neg() or tensor.is_meta)
-        ):
+        elif _ordinary(tensor):
             found += (tensor.shape, tensor.dtype, tensor.device)
         else:
             return None
@@ -123,7 +130,7 @@ def gradients(name: str, implementation: Callable, *args: Any) -> Any:
     """What a Function's backward computes, by the op `name` or directly by its implementation."""
     if not torch.is_grad_enabled() and not watched():
         for arg in args:
-            if isinstance(arg, torch.Tensor) and (type(arg) not in _PLAIN or arg.is_neg() or arg.is_meta):
+            if isinstance(arg, torch.Tensor) and not _ordinary(arg):
                 break
         else:
             return implementation(*args)

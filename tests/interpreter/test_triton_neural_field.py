@@ -87,6 +87,12 @@ def test_padding_is_inert_where_eps_is_zero():
     assert_within(run(case), *expected(case))
 
 
+def test_spans_of_long_sums_where_eps_is_zero():
+    """Tiles that do not divide a span of pixels: what lies behind it belongs to the next."""
+    case = Case(n=1, s=1100, d1=12, d2=20, norm_eps=0.0)
+    assert_within(run(case, plan=Plan(512, 32, 1, 4)), *expected(case))
+
+
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -100,3 +100,24 @@ PLANS = [Plan(16, 16, 1, 4), Plan(64, 32, 2, 4), Plan(16, 16, 3, 8)]
 def test_every_plan_is_right(case, plan):
     """One or several pieces and chunks, with and without padding, pixels that fill no tile."""
     assert_within(run(case, plan=plan), *expected(case))
+
+
+def test_blocks_beyond_32_bits():
+    """Blocks' weights 2^30 numbers apart in the address space, of which hardly any page is touched."""
+    case = Case(batch=1, columns=2, blocks=4, d1=16, d2=16)
+    seen = []
+    new_empty = torch.Tensor.new_empty
+
+    def spread(like, *shape, **options):
+        if len(shape) == 3 and shape[0] == case.blocks:
+            seen.append(shape)
+            return torch.empty_strided(shape, (1 << 30, shape[2], 1), dtype=like.dtype)
+        return new_empty(like, *shape, **options)
+
+    close = run(case, torch.float16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", spread)
+        far = run(case, torch.float16)
+    assert len(seen) == 2
+    for name, tensor in far.items():
+        assert torch.equal(tensor, close[name]), name

@@ -55,9 +55,10 @@ def test_plain_tensors(x):
         torch.zeros(3, device="meta"),
         torch.zeros(3, 3).to_sparse(),
         torch._neg_view(torch.zeros(3)),
+        torch._efficientzerotensor((3,)),
         3.0,
     ],
-    ids=["subclass", "meta", "sparse", "negated", "number"],
+    ids=["subclass", "meta", "sparse", "negated", "zero", "number"],
 )
 def test_other_tensors(x, tensor):
     assert library.plain(x, tensor) is None
@@ -150,3 +151,23 @@ def test_passed_calls_do_not_fill_the_memory():
     assert len(passed._calls) <= 4096
     passed.add(([],))
     assert ([],) not in passed
+
+
+def test_gradients_several_at_a_time(x):
+    """PyTorch batches them in tensors without memory, which look ordinary otherwise."""
+    x.requires_grad_()
+    y = swiglu(x)
+    upstream = torch.randn(5, *y.shape)
+    (batched,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
+    for each, grad in zip(batched, upstream, strict=True):
+        assert torch.equal(each, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+    rows = torch.randn(2, 4)
+    looped = torch.autograd.functional.jacobian(swiglu, rows)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(swiglu, rows, vectorize=True), looped)
+
+
+def test_zero_tensors_have_no_memory_to_read(x):
+    x.requires_grad_()
+    assert not swiglu(torch._efficientzerotensor((2, 8))).any()
+    y = swiglu(x)
+    assert not torch.autograd.grad(y, x, torch._efficientzerotensor(y.shape))[0].any()

@@ -43,11 +43,12 @@ def test_every_chunking(any_isa, case, patches, save_weights, dtype):
     assert_within(out, *expected(case, dtype))
     if any_isa.compiled:
         runs = {1: 6, 3: 2, 4: 2, None: 1}[patches]
-        assert any_isa.calls["pixel_decoder_forward"] == runs
-        assert any_isa.calls["pixel_decoder_backward"] == runs
-        if (
-            any_isa.name != "triton"
-        ):  # where the generators' products are torch's, whose sums depend on the rows
+        calls = [any_isa.calls[f"pixel_decoder_{way}"] for way in ("forward", "backward")]
+        if any_isa.name == "triton":
+            # Chunks are multiples of what runs at once; and products are torch's, whose sums depend on the rows.
+            assert all(runs <= number <= 6 for number in calls)
+        else:
+            assert calls == [runs, runs]
             whole = results(functools.partial(decode, case, workspace=None), tensors, upstream)
             for name in ("y", "image", "hidden"):
                 assert torch.equal(out[name], whole[name]), name

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from calls import Call, Matrix, expected
+from fields import drawn
 from tolerance import assert_same
 
 from pixnerd_kernels import qk_norm_rope
@@ -82,6 +83,17 @@ def test_empty(backend, shape):
     (q.sum() + k.sum() + v.sum()).backward()
     assert q.shape == k.shape == v.shape == (*shape[:2], *shape[3:])
     assert not weight.grad.any()
+
+
+def test_parts_beyond_32_bits(backend):
+    """Queries, keys and values 2^30 numbers apart in the address space, of which hardly any page is touched."""
+    close = drawn(1, 2, 3, 2, 16, generator=torch.Generator().manual_seed(0)).half()
+    far = torch.empty_strided(close.shape, (64, 32, 1 << 30, 16, 1), dtype=close.dtype).copy_(close)
+    weight = torch.ones(16)
+    for out, expected_out in zip(
+        qk_norm_rope(far, weight, weight), qk_norm_rope(close, weight, weight), strict=True
+    ):
+        assert torch.equal(out, expected_out) if backend.one_kernel else torch.allclose(out, expected_out)
 
 
 QKV, WEIGHT, ROPE = torch.zeros(2, 6, 3, 2, 8), torch.ones(8), torch.zeros(6, 4, 2)

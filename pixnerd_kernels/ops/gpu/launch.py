@@ -161,7 +161,8 @@ def _launch(
     found = known.variants.get(key)
     if found is None:
         compiled = kernel[grid](**arguments, **options.named())
-        if not kernel.used_global_vals:  # Triton looks at these at every launch
+        # Triton looks at global values at every launch; and no address of the host's may pass for the device's.
+        if not kernel.used_global_vals and all(tensor.device.index == device for tensor in tensors):
             if len(known.variants) >= _MOST_VARIANTS:
                 known.variants.clear()
             known.variants[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata)

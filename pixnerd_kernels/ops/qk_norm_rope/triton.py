@@ -2,8 +2,7 @@
 reads it.
 
 A row is one head of one token, loaded as it lies; a rotation splits it into even and odd channels on chip. Backward
-adds up the norm weights' gradients per program, and a second, small kernel adds the programs; no atomics. Not run on a
-GPU yet.
+adds up the norm weights' gradients per program, and a second, small kernel adds the programs; no atomics.
 """
 
 from __future__ import annotations
@@ -134,13 +133,15 @@ def qk_norm_rope_forward(
         BLOCK_T,
         BLOCK_H,
     )
-    at = (image * batch_stride + token * token_stride + head * head_stride) * UNIT
+    at_q = image * batch_stride + token * token_stride + head * head_stride
+    # Added, not multiplied: a product of 32-bit numbers would overflow where parts lie far apart.
+    at_k = at_q + part_stride if QUERY else at_q
+    at_v = at_k + part_stride
     key = ((image * keys + first + token) * heads + head) * CHANNELS
-    PARTS: tl.constexpr = 3 if QUERY else 2
     if QUERY:
-        q = load_heads(packed, at, live, CHANNELS, WIDTH)
-    k = load_heads(packed + (PARTS - 2) * part_stride * UNIT, at, live, CHANNELS, WIDTH)
-    v = load_heads(packed + (PARTS - 1) * part_stride * UNIT, at, live, CHANNELS, WIDTH)
+        q = load_heads(packed, at_q * UNIT, live, CHANNELS, WIDTH)
+    k = load_heads(packed, at_k * UNIT, live, CHANNELS, WIDTH)
+    v = load_heads(packed, at_v * UNIT, live, CHANNELS, WIDTH)
     angles = 0.0
     if ROPE:
         angles = load_heads(rope, token * CHANNELS, live, CHANNELS, WIDTH).to(tl.float32)
@@ -175,15 +176,16 @@ def qk_norm_rope_backward(
             (tl.program_id(0) // head_blocks) * each + i, tl.program_id(0) % head_blocks, count, tokens, heads,
             BLOCK_T, BLOCK_H,
         )  # fmt: skip
-        at = (image * batch_stride + token * token_stride + head * head_stride) * UNIT
+        at_q = image * batch_stride + token * token_stride + head * head_stride
+        at_k = at_q + part_stride if QUERY else at_q
         to = ((image * tokens + token) * (PARTS * heads) + head) * CHANNELS
         if QUERY:
             from_q = (image * grad_q_batch + token * grad_q_token + head * grad_q_head) * UNIT
             g_q = load_heads(grad_q, from_q, live, CHANNELS, WIDTH)
-            q = load_heads(packed, at, live, CHANNELS, WIDTH)
+            q = load_heads(packed, at_q * UNIT, live, CHANNELS, WIDTH)
         from_k = (image * grad_k_batch + (first + token) * grad_k_token + head * grad_k_head) * UNIT
         g_k = load_heads(grad_k, from_k, live, CHANNELS, WIDTH)
-        k = load_heads(packed + (PARTS - 2) * part_stride * UNIT, at, live, CHANNELS, WIDTH)
+        k = load_heads(packed, at_k * UNIT, live, CHANNELS, WIDTH)
         from_v = (image * grad_v_batch + (first + token) * grad_v_token + head * grad_v_head) * UNIT
         g_v = load_heads(grad_v, from_v, live, CHANNELS, WIDTH)
         angles = 0.0

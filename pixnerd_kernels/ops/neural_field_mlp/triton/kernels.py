@@ -110,7 +110,7 @@ def neural_field_mlp_forward(
 
 @triton.jit
 def backward_tiles(
-    grad, x, dx, scratch_x, scaled1, scaled2, scaled_gate, channels, begin, end, pixels, first, norm_eps,
+    grad, x, dx, scratch_x, scaled1, scaled2, scaled_gate, channels, begin, end, first, norm_eps,
     grad_row: tl.constexpr, x_row: tl.constexpr,
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
     TILE: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
@@ -142,7 +142,7 @@ def backward_tiles(
         else:
             tile = load_tile(x, rows, x_row, channels, end, CHANNELS)
             g = load_tile(grad, rows, grad_row, channels, end, CHANNELS)
-        n, r = field_input(tile, rows < pixels, norm_eps, NORM, CHANNELS, NARROW, EMULATE)
+        n, r = field_input(tile, rows < end, norm_eps, NORM, CHANNELS, NARROW, EMULATE)
         g_operand = operand(g, EMULATE)
         next1 = ()
         next2 = ()
@@ -184,7 +184,7 @@ def backward_tiles(
             d_unit = tl.trans(d_unit)
             if CHUNKS > 1:
                 waiting = scratch_x + rows[:, None].to(tl.int64) * BLOCK_C + channels[None, :]
-                inside = (rows[:, None] < pixels) & (channels[None, :] < BLOCK_C)
+                inside = (rows[:, None] < end) & (channels[None, :] < BLOCK_C)
                 if first > 0:
                     d_unit += tl.load(waiting, mask=inside, other=0.0)
                 if first + CHUNK < HIDDEN:
@@ -194,7 +194,7 @@ def backward_tiles(
                     d_unit = rms_norm_grad(d_unit, tile.to(tl.float32) * r[:, None], r, CHANNELS)
                 if RESIDUAL:
                     d_unit += g.to(tl.float32)
-                store_tile(dx, rows, CHANNELS, channels, pixels, CHANNELS, d_unit, EMULATE)
+                store_tile(dx, rows, CHANNELS, channels, end, CHANNELS, d_unit, EMULATE)
     return sum1, sum2, sum_gate
 
 
@@ -253,7 +253,7 @@ def backward_patch(
             scaled2 = scaled2 + (scaled,)
         sum1, sum2, sum_gate = backward_tiles(
             grad, x, dx, scratch_x, scaled1, scaled2, scaled_gate, channels,
-            0, tl.minimum(SPAN, pixels) if SPAN else pixels, pixels, first, norm_eps, grad_row, x_row,
+            0, tl.minimum(SPAN, pixels) if SPAN else pixels, first, norm_eps, grad_row, x_row,
             CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM,
             ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, NEED_X, NEED_WEIGHTS,
         )  # fmt: skip
@@ -261,7 +261,7 @@ def backward_patch(
             for begin in range(SPAN, pixels, SPAN):
                 more1, more2, more_gate = backward_tiles(
                     grad, x, dx, scratch_x, scaled1, scaled2, scaled_gate, channels,
-                    begin, tl.minimum(begin + SPAN, pixels), pixels, first, norm_eps, grad_row, x_row,
+                    begin, tl.minimum(begin + SPAN, pixels), first, norm_eps, grad_row, x_row,
                     CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM,
                     ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, NEED_X, NEED_WEIGHTS,
                 )  # fmt: skip

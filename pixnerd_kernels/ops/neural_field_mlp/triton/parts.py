@@ -112,7 +112,7 @@ def finish_input_weight(
 ):  # fmt: skip
     """Store the gradient of the raw w1 or w_gate, and return what sums over H to the norm weight's gradient [C, H].
 
-    gradient [C, H] is that of the scaled weight divided by the norm's weight.
+    gradient [C, H] is that of the scaled weight.
     """
     raw = raw.to(tl.float32)
     squares = tl.sum(raw * raw, 0)

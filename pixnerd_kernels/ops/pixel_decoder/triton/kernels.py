@@ -131,10 +131,11 @@ def pixel_decoder_forward(
             image + batch * image_batch + top * image_row + left * image_column, image_plane, image_row, image_column,
             pixel_weight, table, scratch, channels, HEIGHT, WIDTH, INPUTS, CHANNELS, TILE, EMULATE,
         )  # fmt: skip
+        # Pointers move on from block to block: a product of 32-bit numbers would overflow.
+        own = generated + patch * generated_patch
         for block in range(BLOCKS):
             # What one thread stored to scratch another may load.
             tl.debug_barrier()
-            own = generated + block * generated_block + patch * generated_patch
             forward_patch(
                 scratch + (block % 2) * PLACE, own + FIRST, own + SECOND, own, scratch + (1 - block % 2) * PLACE,
                 load_norm(norms + block * CHANNELS, 1, channels, True, CHANNELS), channels, HEIGHT * WIDTH, 0, 1,
@@ -142,6 +143,7 @@ def pixel_decoder_forward(
                 TILE, BLOCK_C, PIECE, PIECES, GATED, True, UNIT1, UNIT2, UNIT_GATE,
                 ACTIVATION, True, FAST, PRECISION, EMULATE, AHEAD,
             )  # fmt: skip
+            own += generated_block
         tl.debug_barrier()
         write_patch(
             scratch + (BLOCKS % 2) * PLACE, out + batch * OUTPUTS * plane + top * image_width + left,
@@ -310,10 +312,11 @@ def pixel_decoder_backward(
             own_image, image_plane, image_row, image_column, pixel_weight, table, scratch, channels,
             HEIGHT, WIDTH, INPUTS, CHANNELS, TILE, EMULATE,
         )  # fmt: skip
+        own = generated + patch * generated_patch
+        d_own = d_generated + patch * d_generated_patch
         for block in range(BLOCKS):
             # What one thread stored to scratch another may load.
             tl.debug_barrier()
-            own = generated + block * generated_block + patch * generated_patch
             forward_patch(
                 scratch + block * PLACE, own + FIRST, own + SECOND, own, scratch + (block + 1) * PLACE,
                 load_norm(norms + block * CHANNELS, 1, channels, True, CHANNELS), channels, pixels, 0, 1,
@@ -321,6 +324,8 @@ def pixel_decoder_backward(
                 FORWARD_TILE, BLOCK_C, PIECE, PIECES, GATED, True, UNIT1, UNIT2, UNIT_GATE,
                 ACTIVATION, True, FAST, PRECISION, EMULATE, AHEAD,
             )  # fmt: skip
+            own += generated_block
+            d_own += d_generated_block
         tl.debug_barrier()
         output_patch_grad(
             scratch + BLOCKS * PLACE, grad + batch * grad_batch + top * grad_row + left * grad_column,
@@ -331,8 +336,8 @@ def pixel_decoder_backward(
         for step in range(BLOCKS):
             tl.debug_barrier()
             block = BLOCKS - 1 - step
-            own = generated + block * generated_block + patch * generated_patch
-            d_own = d_generated + block * d_generated_block + patch * d_generated_patch
+            own -= generated_block
+            d_own -= d_generated_block
             backward_patch(
                 scratch + (block + 2) * PLACE, scratch + block * PLACE, own + FIRST, own + SECOND, own,
                 scratch + (block + 1) * PLACE, d_own + FIRST, d_own + SECOND, d_own,
