@@ -101,6 +101,13 @@ class Passed:
         except TypeError:  # not hashable: the checks will say so
             return False
 
+    def check(self, call: tuple[Any, ...] | None, check: Callable[..., None], *args: Any) -> None:
+        """Call `check` with the arguments, unless such a call has passed it before; None is no call like another."""
+        if call is None or call not in self:
+            check(*args)
+            if call is not None:
+                self.add(call)
+
     def add(self, call: tuple[Any, ...]) -> None:
         if len(self._calls) >= 4096:  # shapes that never end must not fill the memory
             self._calls.clear()
@@ -116,6 +123,19 @@ def run(function: type[torch.autograd.Function], implementation: Callable, *args
                 # Function.apply itself would only look for functorch's transforms: there are none.
                 return super(torch.autograd.Function, function).apply(*args, True)  # type: ignore[misc]
     return implementation(*args)
+
+
+def call_op(
+    name: str,
+    call: tuple[Any, ...] | None,
+    function: type[torch.autograd.Function],
+    implementation: Callable,
+    *args: Any,
+) -> Any:
+    """The op `name`, through the dispatcher unless the call is `plain`: then directly, by `run`."""
+    if call is None:
+        return getattr(torch.ops.pixnerd, name)(*args)
+    return run(function, implementation, *args)
 
 
 def below_autograd(name: str, implementation: Callable, direct: bool, *args: Any) -> Any:

@@ -13,13 +13,13 @@ from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    call_op,
     gradients,
     module,
     plain,
     refuse_gradients,
     register,
     register_autograd,
-    run,
     wanted,
 )
 from pixnerd_kernels.ops.modulated_rms_norm import check_batch_rows, check_modulation
@@ -50,18 +50,10 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """
     x, y, gate = autocast(x, y, gate)
     direct = plain(x, y, gate)
-    if direct is None or direct not in _passed:
-        problems = Problems("gated_residual")
-        _check_residual(problems, x, y, gate)
-        problems.raise_if_any()
-        if direct is not None:
-            _passed.add(direct)
+    _passed.check(direct, _check, x, y, gate)
     forced = backends.forced_backend()
     out: Tensor
-    if direct is None:
-        out = torch.ops.pixnerd.gated_residual(x, y, gate, forced)
-    else:
-        out = run(_GatedResidual, _forward, x, y, gate, forced)
+    out = call_op("gated_residual", direct, _GatedResidual, _forward, x, y, gate, forced)
     return out
 
 
@@ -92,19 +84,24 @@ def gated_residual_rms_norm(
     x, y, gate, shift, scale = autocast(x, y, gate, shift, scale)
     if direct := plain(x, y, gate, weight, shift, scale):
         direct += (type(eps), eps)
-    if direct is None or direct not in _norm_passed:
-        problems = Problems("gated_residual_rms_norm")
-        _check_residual(problems, x, y, gate, check_x=False)
-        check_modulation(problems, x, weight, shift, scale, eps)
-        problems.raise_if_any()
-        if direct is not None:
-            _norm_passed.add(direct)
+    _norm_passed.check(direct, _check_norm, x, y, gate, weight, shift, scale, eps)
     forced = backends.forced_backend()
-    if direct is None:
-        z, n = torch.ops.pixnerd.gated_residual_rms_norm(x, y, gate, weight, shift, scale, eps, forced)
-    else:
-        z, n = run(_GatedResidualNorm, _norm_forward, x, y, gate, weight, shift, scale, float(eps), forced)
+    arguments = (x, y, gate, weight, shift, scale, float(eps), forced)
+    z, n = call_op("gated_residual_rms_norm", direct, _GatedResidualNorm, _norm_forward, *arguments)
     return z, n
+
+
+def _check(x: Any, y: Any, gate: Any) -> None:
+    problems = Problems("gated_residual")
+    _check_residual(problems, x, y, gate)
+    problems.raise_if_any()
+
+
+def _check_norm(x: Any, y: Any, gate: Any, weight: Any, shift: Any, scale: Any, eps: Any) -> None:
+    problems = Problems("gated_residual_rms_norm")
+    _check_residual(problems, x, y, gate, check_x=False)
+    check_modulation(problems, x, weight, shift, scale, eps)
+    problems.raise_if_any()
 
 
 def _check_residual(problems: Problems, x: object, y: object, gate: object, check_x: bool = True) -> None:

@@ -13,13 +13,13 @@ from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    call_op,
     gradients,
     module,
     plain,
     refuse_gradients,
     register,
     register_autograd,
-    run,
     wanted,
 )
 
@@ -58,19 +58,13 @@ def modulated_rms_norm(
     x, shift, scale = autocast(x, shift, scale)
     if direct := plain(x, weight, shift, scale):
         direct += (type(eps), eps)
-    if direct is None or direct not in _passed:
-        _check(x, weight, shift, scale, eps)
-        if direct is not None:
-            _passed.add(direct)
+    _passed.check(direct, _check, x, weight, shift, scale, eps)
     shape = x.shape
     if len(shape) != 3:
         x = x.reshape(1, -1, shape[-1])
     forced = backends.forced_backend()
-    out: Tensor
-    if direct is None:
-        out = torch.ops.pixnerd.modulated_rms_norm(x, weight, shift, scale, eps, forced)
-    else:
-        out = run(_ModulatedRMSNorm, _forward, x, weight, shift, scale, float(eps), forced)
+    arguments = (x, weight, shift, scale, float(eps), forced)
+    out: Tensor = call_op("modulated_rms_norm", direct, _ModulatedRMSNorm, _forward, *arguments)
     return out if len(shape) == 3 else out.view(shape)
 
 

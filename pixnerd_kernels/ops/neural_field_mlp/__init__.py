@@ -14,13 +14,13 @@ from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    call_op,
     gradients,
     module,
     plain,
     refuse_gradients,
     register,
     register_autograd,
-    run,
     wanted,
 )
 from pixnerd_kernels.ops.native import fresh
@@ -114,20 +114,24 @@ def neural_field_mlp(
     x, w1, w2, w_gate = autocast(x, w1, w2, w_gate)
     if direct := plain(x, w1, w2, w_gate, norm_weight):
         direct += _option_key(normalize, activation, residual, norm_eps, weight_eps)
-    if direct is None or direct not in _passed:
-        _check(x, w1, w2, w_gate, norm_weight, normalize, activation, residual, norm_eps, weight_eps)
-        if direct is not None:
-            _passed.add(direct)
+    options = (normalize, activation, residual, norm_eps, weight_eps)
+    _passed.check(direct, _check, x, w1, w2, w_gate, norm_weight, *options)
     flags = [name in normalize for name in WEIGHTS]
-    forced = backends.forced_backend()
-    out: Tensor
-    if direct is None:
-        out = torch.ops.pixnerd.neural_field_mlp(
-            x, w1, w2, w_gate, norm_weight, flags, activation, residual, norm_eps, weight_eps, forced
-        )
-    else:
-        options = (flags, activation, residual, float(norm_eps), float(weight_eps), forced)
-        out = run(_NeuralFieldMLP, _forward, x, w1, w2, w_gate, norm_weight, *options)
+    arguments = (
+        x,
+        w1,
+        w2,
+        w_gate,
+        norm_weight,
+        flags,
+        activation,
+        residual,
+        float(norm_eps),
+        float(weight_eps),
+    )
+    out: Tensor = call_op(
+        "neural_field_mlp", direct, _NeuralFieldMLP, _forward, *arguments, backends.forced_backend()
+    )
     return out
 
 
@@ -189,23 +193,29 @@ def neural_field_mlp_packed(
     if direct := plain(x, params, norm_weight):
         direct += _option_key(normalize, activation, residual, norm_eps, weight_eps)
         direct += (type(hidden), hidden, type(gated), gated)
-    if direct is None or direct not in _packed_passed:
-        _check_packed(
-            x, params, hidden, gated, norm_weight, normalize, activation, residual, norm_eps, weight_eps
-        )
-        if direct is not None:
-            _packed_passed.add(direct)
+    options = (normalize, activation, residual, norm_eps, weight_eps)
+    _packed_passed.check(direct, _check_packed, x, params, hidden, gated, norm_weight, *options)
     flags = [name in normalize for name in WEIGHTS]
-    forced = backends.forced_backend()
-    out: Tensor
-    if direct is None:
-        out = torch.ops.pixnerd.neural_field_mlp_packed(
-            x, params, norm_weight, hidden, gated,
-            flags, activation, residual, norm_eps, weight_eps, forced,
-        )  # fmt: skip
-    else:
-        options = (flags, activation, residual, float(norm_eps), float(weight_eps), forced)
-        out = run(_NeuralFieldMLPPacked, _packed_forward, x, params, norm_weight, hidden, gated, *options)
+    arguments = (
+        x,
+        params,
+        norm_weight,
+        hidden,
+        gated,
+        flags,
+        activation,
+        residual,
+        float(norm_eps),
+        float(weight_eps),
+    )
+    out: Tensor = call_op(
+        "neural_field_mlp_packed",
+        direct,
+        _NeuralFieldMLPPacked,
+        _packed_forward,
+        *arguments,
+        backends.forced_backend(),
+    )
     return out
 
 

@@ -12,13 +12,13 @@ from pixnerd_kernels.checks import FLOATS, Problems
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    call_op,
     gradients,
     module,
     plain,
     refuse_gradients,
     register,
     register_autograd,
-    run,
 )
 
 _passed = Passed()
@@ -42,16 +42,10 @@ def normalize_weights(w: Tensor, dim: int = -2, eps: float = 1e-12) -> Tensor:
     """
     if direct := plain(w):
         direct += (type(dim), dim, type(eps), eps)
-    if direct is None or direct not in _passed:
-        _check(w, dim, eps)
-        if direct is not None:
-            _passed.add(direct)
+    _passed.check(direct, _check, w, dim, eps)
     forced = backends.forced_backend()
-    out: Tensor
-    if direct is None:
-        out = torch.ops.pixnerd.normalize_weights(w, dim % w.dim(), eps, forced)
-    else:
-        out = run(_NormalizeWeights, _forward, w, dim % w.dim(), float(eps), forced)
+    arguments = (w, dim % w.dim(), float(eps), forced)
+    out: Tensor = call_op("normalize_weights", direct, _NormalizeWeights, _forward, *arguments)
     return out
 
 

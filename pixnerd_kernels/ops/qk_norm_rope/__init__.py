@@ -13,13 +13,13 @@ from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    call_op,
     gradients,
     module,
     plain,
     refuse_gradients,
     register,
     register_autograd,
-    run,
     wanted,
 )
 
@@ -67,16 +67,10 @@ def qk_norm_rope(
     qkv, text_kv = autocast(qkv, text_kv)
     if direct := plain(qkv, q_weight, k_weight, rope, text_kv):
         direct += (rope is not None and rope.requires_grad, type(eps), eps)
-    if direct is None or direct not in _passed:
-        _check(qkv, q_weight, k_weight, rope, text_kv, eps)
-        if direct is not None:
-            _passed.add(direct)
+    _passed.check(direct, _check, qkv, q_weight, k_weight, rope, text_kv, eps)
     forced = backends.forced_backend()
-    if direct is None:
-        q, k, v = torch.ops.pixnerd.qk_norm_rope(qkv, q_weight, k_weight, rope, text_kv, eps, forced)
-    else:
-        arguments = (qkv, q_weight, k_weight, rope, text_kv, float(eps), forced)
-        q, k, v = run(_QkNormRope, _forward, *arguments)
+    arguments = (qkv, q_weight, k_weight, rope, text_kv, float(eps), forced)
+    q, k, v = call_op("qk_norm_rope", direct, _QkNormRope, _forward, *arguments)
     return q, k, v
 
 

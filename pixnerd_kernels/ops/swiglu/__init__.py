@@ -13,13 +13,13 @@ from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    call_op,
     gradients,
     module,
     plain,
     refuse_gradients,
     register,
     register_autograd,
-    run,
 )
 from pixnerd_kernels.ops.native import fresh
 
@@ -49,24 +49,16 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """
     gate, up = autocast(gate, up)
     direct = plain(gate, up)
-    if direct is None or direct not in _passed:
-        _check(gate, up)
-        if direct is not None:
-            _passed.add(direct)
+    _passed.check(direct, _check, gate, up)
     forced = backends.forced_backend()
     shape = gate.shape
     if len(shape) != 2:
         gate, up = _flat(gate), None if up is None else _flat(up)
     out: Tensor
     if up is None:
-        if direct is None:
-            out = torch.ops.pixnerd.swiglu_packed(gate, forced)
-        else:
-            out = run(_SwigluPacked, _packed_forward, gate, forced)
-    elif direct is None:
-        out = torch.ops.pixnerd.swiglu(gate, up, forced)
+        out = call_op("swiglu_packed", direct, _SwigluPacked, _packed_forward, gate, forced)
     else:
-        out = run(_Swiglu, _forward, gate, up, forced)
+        out = call_op("swiglu", direct, _Swiglu, _forward, gate, up, forced)
     return out if len(shape) == 2 else out.view(*shape[:-1], out.shape[1])
 
 
