@@ -37,6 +37,8 @@ DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 
 _encodings: dict[tuple[object, ...], Tensor] = {}
+#: Encodings that are kept. None is ever thrown away: a captured CUDA graph may read it.
+_MOST_ENCODINGS = 64
 
 
 def _positions(*key: Any) -> Tensor:
@@ -47,10 +49,12 @@ def _positions(*key: Any) -> Tensor:
     with torch.inference_mode(False):
         table = coordinate_encoding(*key)
     # What a graph captures is the graph's, and a tracer's tensors are its own.
-    capturing = table.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if type(table) is Tensor and table.device.type != "meta" and not capturing:
-        if len(_encodings) >= 64:
-            _encodings.clear()
+    cuda = table.device.type == "cuda"
+    capturing = cuda and torch.cuda.is_current_stream_capturing()
+    known = type(table) is Tensor and table.device.type != "meta" and not capturing
+    if known and len(_encodings) < _MOST_ENCODINGS:
+        if cuda:  # the next to read it may do so on another stream
+            torch.cuda.current_stream(table.device).synchronize()
         _encodings[key] = table
     return table
 
