@@ -9,6 +9,8 @@ from decoders import Case, decode, expected, plain_decoder, results
 from fields import FLOATS
 from tolerance import assert_same, assert_within
 
+from pixnerd_kernels.ops.pixel_decoder import chunks
+
 FAMILIES = [
     Case(),
     Case(normalize=("w1",), final_norm=False, encoding="rope", extent=16.0, scale=(1.25, 0.75), d1=12, d2=50),
@@ -160,3 +162,14 @@ def test_only_the_results_are_written(any_isa, case, save_weights, monkeypatch):
         assert torch.equal(tensor, plain[name]), name
     for name, tensor in {**tensors, "upstream": upstream}.items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_a_kept_encoding_stays(monkeypatch):
+    """A captured CUDA graph reads it in every replay: others must not take its place."""
+    monkeypatch.setattr(chunks, "_encodings", {})
+    arguments = (3, "dct", 1.0, 1.0, torch.device("cpu"), torch.float32)
+    first = chunks._positions(4, 4, *arguments)
+    for size in range(1, 100):
+        assert chunks._positions(1, size, *arguments).shape == (size, 9)
+    assert chunks._positions(4, 4, *arguments) is first
+    assert len(chunks._encodings) == chunks._MOST_ENCODINGS
