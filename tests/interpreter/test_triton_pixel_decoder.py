@@ -82,9 +82,10 @@ def test_scratch_is_bounded(case, monkeypatch):
     """One program after another where the bound is small, to the same bits where a sum does not change its order."""
     several = run(case)
     monkeypatch.setattr(launcher, "_SCRATCH", 1)
-    with traced("pixel_decoder_backward") as traffic:
-        alone = run(case)
-    assert traffic["scratch"].tensor.shape[0] == 1
+    for kernel in ("pixel_decoder_forward", "pixel_decoder_backward"):
+        with traced(kernel) as traffic:
+            alone = run(case)
+        assert traffic["scratch"].tensor.shape[0] == 1, kernel
     for name in ("y", "image", "hidden", "generator.0", "norm.1"):
         assert torch.equal(alone[name], several[name]), name
     assert_within(alone, *expected(case))

@@ -18,7 +18,7 @@ from pixnerd_kernels.ops.pixel_decoder.triton import kernels
 
 __all__ = ["at_once", "backward", "forward", "generate", "hidden_gradient", "weight_gradient"]
 
-#: Bytes of scratch that the backward may take, unless one patch needs more.
+#: Bytes of scratch that a launch may take, unless one patch needs more.
 _SCRATCH = 64 << 20
 
 
@@ -35,6 +35,11 @@ def at_once(call: Call, training: bool) -> int:
     """Patches that the GPU decodes side by side: one for each program."""
     problem, plan, target = _plan(call, call.patches, training)
     return plan.programs(problem, target)
+
+
+def _programs(plan: Plan, problem: Problem, target: Target, own_bytes: int) -> int:
+    """Programs of a launch in which each needs own_bytes of scratch."""
+    return max(1, min(plan.programs(problem, target), _SCRATCH // own_bytes))
 
 
 def _arguments(call: Call, generated: Tensor, first: int, plan: Plan, target: Target) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
     problem, plan, target = _plan(call, generated.shape[1], training=False)
     bias = call.small.linear_bias
     place = problem.pixels * problem.channels
-    programs = plan.programs(problem, target)
+    programs = _programs(plan, problem, target, 2 * place * generated.element_size())
     launch(
         kernels.pixel_decoder_forward, (programs,), out.device, plan.options,
         **_arguments(call, generated, first, plan, target), patches=problem.patches,
@@ -96,7 +101,7 @@ def backward(
     own_bytes = place * ((blocks + 2) * generated.element_size() + 4) + 4 * (
         waiting and waiting + problem.pixels * block_c
     )
-    programs = max(1, min(plan.programs(problem, target), _SCRATCH // own_bytes))
+    programs = _programs(plan, problem, target, own_bytes)
     shapes = [torch.Size(shape).numel() for _, shape in call.sums()]
     partial = torch.empty(count, sum(shapes[1:]), **wide)
     table_sum = torch.zeros(programs if sums is not None else 0, place, **wide)
