@@ -296,9 +296,8 @@ def markdown(document: dict[str, Any]) -> str:
         "Device time by events, the cache overwritten before every call and the CPU's time hidden; CPU ms is the time "
         "to enqueue one call. Peak memory is what one call allocates, results included. The roofline takes "
         f"{used} ({rates['used']['source']}); a copy and a matmul in this run reached {measured}.\n\n"
-        f"`{where['command']}` on {card['name']}, driver {card.get('driver_version')}, CUDA {card['cuda']}, torch "
-        f"{where['torch']}, Triton {where['triton']}, Python {where['python']}, "
-        f"commit {(where['commit'] or 'unknown')[:10]}, {where['date']}.\n"
+        f"`{where['command']}` on {provenance.summary(where)}; driver {card.get('driver_version')}, "
+        f"CUDA {card['cuda']}, Python {where['python']}.\n"
     )
 
 
