@@ -15,6 +15,7 @@ from pixnerd_kernels.ops import (
     modulated_rms_norm,
     qk_norm_rope,
 )
+from pixnerd_kernels.ops.tables import lasting
 
 
 def rotary_table(
@@ -37,15 +38,7 @@ def rotary_table(
     # Outside of inference mode, whose tensors autograd would refuse later.
     with torch.inference_mode(False):
         table = _rotary_table(height, width, head_size, extent, device)
-    # What a tracer makes (fake tensors, symbolic sizes) belongs to its graph, and what a CUDA graph captures to that.
-    cuda = table.device.type == "cuda"
-    if (
-        not torch.compiler.is_compiling()
-        and type(table) is Tensor
-        and not (cuda and torch.cuda.is_current_stream_capturing())
-    ):
-        if cuda:  # the next to read it may do so on another stream
-            torch.cuda.current_stream(table.device).synchronize()
+    if lasting(table):
         _tables[key] = table
     return table
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from pixnerd_kernels.ops.coordinate_encoding.reference import forward as coordinate_encoding
 from pixnerd_kernels.ops.dtypes import compute_dtype
 from pixnerd_kernels.ops.native import fresh
+from pixnerd_kernels.ops.tables import lasting
 
 AUTO, UNCHUNKED = -1, 0
 
@@ -48,13 +49,7 @@ def _positions(*key: Any) -> Tensor:
     # Outside of inference mode, whose tensors autograd would refuse later.
     with torch.inference_mode(False):
         table = coordinate_encoding(*key)
-    # What a graph captures is the graph's, and a tracer's tensors are its own.
-    cuda = table.device.type == "cuda"
-    capturing = cuda and torch.cuda.is_current_stream_capturing()
-    known = type(table) is Tensor and table.device.type != "meta" and not capturing
-    if known and len(_encodings) < _MOST_ENCODINGS:
-        if cuda:  # the next to read it may do so on another stream
-            torch.cuda.current_stream(table.device).synchronize()
+    if len(_encodings) < _MOST_ENCODINGS and lasting(table):
         _encodings[key] = table
     return table
 
