@@ -40,6 +40,14 @@ class ModulatedRMSNorm:
     def ours(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         return pixnerd_kernels.modulated_rms_norm(**tensors)
 
+    def liger(self, shape: Shape, tensors: Tensors) -> Tensor:
+        from liger_kernel.transformers.functional import liger_modulated_rms_norm
+
+        # Not in place: that would overwrite the gradient that the next call reads.
+        scale, shift = tensors["scale"].squeeze(1), tensors["shift"].squeeze(1)
+        out: Tensor = liger_modulated_rms_norm(tensors["x"], tensors["weight"], scale, shift, in_place=False)
+        return out
+
     def flops(self, shape: Shape, training: bool, recompute: bool) -> int:
         """Per element: square, add, three products and a sum; backward about twice that, and the norm again."""
         return (6 + (12 + 3 * recompute if training else 0)) * _elements(shape)
@@ -110,6 +118,8 @@ class Swiglu:
 
     name: str = "swiglu"
     bound: str = "copy"
+    #: Liger's backward writes over gate and up, which the next timed call reads.
+    forward_only_rivals: tuple[str, ...] = ("liger",)
 
     def inputs(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         return {"gate": self.output(shape), "up": self.output(shape)}
@@ -122,6 +132,12 @@ class Swiglu:
 
     def ours(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         return pixnerd_kernels.swiglu(tensors["gate"], tensors["up"])
+
+    def liger(self, shape: Shape, tensors: Tensors) -> Tensor:
+        from liger_kernel.transformers.functional import liger_swiglu
+
+        out: Tensor = liger_swiglu(tensors["gate"], tensors["up"])
+        return out
 
     def flops(self, shape: Shape, training: bool, recompute: bool) -> int:
         """Per element: the exponential as one, add, divide, two products; backward twice that."""

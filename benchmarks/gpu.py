@@ -28,7 +28,7 @@ from benchmarks import blocks, provenance
 from benchmarks.check import Truth
 from benchmarks.device_time import cycles_per_second, device_seconds, host_seconds, peak_memory
 from benchmarks.heads import PixelDecoder
-from benchmarks.providers import PROVIDERS, call
+from benchmarks.providers import PROVIDERS, RIVALS, call, rivals
 from benchmarks.registry import Case, NeuralFieldMLP, NormalizeWeights, Shape
 from pixnerd_kernels import backends
 
@@ -104,10 +104,19 @@ def made(case: Case, shape: Shape, device: torch.device) -> dict[str, Tensor]:
     }
 
 
+#: Whoever can be asked to compute a case.
+_EVERY = {**PROVIDERS, **RIVALS}
+
+
+def _runs(case: Case, names: list[str]) -> list[str]:
+    """Those of the named providers that can compute a case."""
+    return [name for name in names if name in PROVIDERS or name in rivals(case)]
+
+
 def wrong(case: Case, provider: str, device: torch.device) -> str:
     """What is wrong with a provider's results on a few patches of the case's shape, or an empty string."""
     tensors = made(case, case.smoke, device)
-    function = call(case, PROVIDERS[provider].prepare(case, case.smoke), tensors)
+    function = call(case, _EVERY[provider].prepare(case, case.smoke), tensors)
     errors = Truth(case, case.smoke, tensors).errors(function())
     return "; ".join(str(error) for error in errors if not error.ok)
 
@@ -186,7 +195,7 @@ def prepared(job: tuple[str, str]) -> str:
     case, device = CASES[name], torch.device("cuda", torch.cuda.current_device())
     problem = wrong(case, provider, device)
     if provider == "compile":
-        call(case, PROVIDERS[provider].prepare(case, case.shape), made(case, case.shape, device))()
+        call(case, _EVERY[provider].prepare(case, case.shape), made(case, case.shape, device))()
     torch.cuda.empty_cache()
     return problem
 
@@ -232,7 +241,7 @@ def measure(
                 entry.update(status="inexact" if name != "ours" else "wrong", reason=problem)
                 if name == "ours":
                     continue
-            functions[name] = call(case, PROVIDERS[name].prepare(case, case.shape), tensors)
+            functions[name] = call(case, _EVERY[name].prepare(case, case.shape), tensors)
             entry["peak_memory"] = peak_memory(functions[name])
             entry["peak_memory"] = peak_memory(functions[name])  # the first call may compile
         except Exception as error:
@@ -241,7 +250,7 @@ def measure(
     hosts = {name: host_seconds(function) for name, function in functions.items()}
     for name, times in milliseconds(functions, rounds).items():
         seconds = float(np.median(times)) / 1e3
-        recompute = PROVIDERS[name].recompute
+        recompute = _EVERY[name].recompute
         flops, ours = case.flops(case.shape, recompute), rates.roofline(case, case.shape, recompute=True)
         result["providers"][name].update(
             median_s=seconds,
@@ -304,7 +313,10 @@ def markdown(document: dict[str, Any]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--case", nargs="+", default=[], metavar="NAME", help="cases; default: all")
-    add("--provider", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    add(
+        "--provider", nargs="+", default=list(_EVERY), choices=list(_EVERY),
+        help="default: all; liger (liger-kernel, where installed) has some of the cases",
+    )  # fmt: skip
     add("--rounds", type=int, default=21)
     add("--jobs", type=int, default=1, help="processes that compile and check everything first")
     add("--out", type=Path, metavar="DIR", help="write gpu.json and gpu.md into DIR")
@@ -336,12 +348,15 @@ def run(arguments: argparse.Namespace) -> int:
     known = {}
     if arguments.jobs > 1:
         known = prepare(
-            [(name, provider) for name in names for provider in arguments.provider], arguments.jobs
+            [(name, provider) for name in names for provider in _runs(CASES[name], arguments.provider)],
+            arguments.jobs,
         )
     for name in names:
         print(f"measuring {name}", file=sys.stderr, flush=True)
         document["results"].append(
-            measure(CASES[name], arguments.provider, arguments.rounds, rates, device, known)
+            measure(
+                CASES[name], _runs(CASES[name], arguments.provider), arguments.rounds, rates, device, known
+            )
         )
         if arguments.out:  # after every case: an interruption keeps what was measured
             arguments.out.mkdir(parents=True, exist_ok=True)

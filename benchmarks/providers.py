@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,25 @@ PROVIDERS: dict[str, Provider] = {
     "compile": Provider(_compile, recompute=False),
     "ours": Provider(_ours, recompute=True),
 }
+
+
+def _liger(case: Case, shape: Shape) -> Compute:
+    return lambda tensors: case.op.liger(shape, tensors)  # type: ignore[attr-defined]
+
+
+#: Other libraries' kernels, and the module that each needs. They run on a GPU, where an op has a method of their name.
+RIVALS: dict[str, Provider] = {"liger": Provider(_liger, recompute=True)}
+_MODULES = {"liger": "liger_kernel"}
+
+
+def rivals(case: Case) -> list[str]:
+    """The rivals that are installed and can compute a case again and again."""
+    spared = getattr(case.op, "forward_only_rivals", ()) if case.training else ()
+    return [
+        name
+        for name in RIVALS
+        if hasattr(case.op, name) and name not in spared and importlib.util.find_spec(_MODULES[name])
+    ]
 
 
 def select_providers(names: Sequence[str]) -> list[str]:
