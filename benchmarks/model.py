@@ -117,8 +117,7 @@ def _training(
         return torch.autograd.grad(loss, parameters)
 
     def step() -> None:
-        for parameter, gradient in zip(parameters, gradients(), strict=True):
-            parameter.grad = gradient
+        model_gpu.hand_over(parameters, gradients())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -10,7 +10,7 @@ import importlib.metadata
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,16 @@ _SPEEDUP, _CEILING, _LATENCY = 1.5, 0.55, 2.0
 _COMPARED = 4096
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def hand_over(parameters: Iterable[Tensor], gradients: Iterable[Tensor]) -> None:
+    """Give the parameters their gradients as `backward` would: in the parameter's layout, which the fused AdamW wants.
+
+    torch.compile leaves some of them transposed.
+    """
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        alike = gradient.stride() == parameter.stride()
+        parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
 
 
 def default_providers(training: bool) -> list[str]:
@@ -101,10 +111,7 @@ class Bench:
             return lambda: self._run(forward)
 
         def step() -> None:
-            for parameter, gradient in zip(
-                self.setting.parameters.values(), self.gradients(forward), strict=True
-            ):
-                parameter.grad = gradient
+            hand_over(self.setting.parameters.values(), self.gradients(forward))
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 

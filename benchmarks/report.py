@@ -136,7 +136,7 @@ def _claims_plot(document: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     names = [f"{row.model.label}, {row.provider}" for row in rows]
-    colours = ["#d9622b" if row.provider == "ours" else "#5b8db8" for row in rows]
+    colours = ["#d9622b" if row.provider.startswith("ours") else "#5b8db8" for row in rows]
     bars = axes.barh(names, [row.step.seconds for row in rows if row.step], color=colours)
     axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
     axes.invert_yaxis()

@@ -252,3 +252,14 @@ def test_kernels_by_kind():
 def test_what_does_not_go_together(words, message, capsys):
     assert main(["model", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_gradients_come_in_the_layout_of_their_parameters():
+    """torch.compile returns some transposed, and the fused AdamW refuses those on a GPU."""
+    parameters = [torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.randn(4))]
+    gradients = [torch.randn(5, 3).t(), torch.randn(4)]
+    model_gpu.hand_over(parameters, gradients)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert parameter.grad.stride() == parameter.stride()
+        assert torch.equal(parameter.grad, gradient)
+    assert parameters[1].grad is gradients[1]

@@ -110,6 +110,18 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     torch.set_num_threads(threads)
 
 
+def test_a_model_is_compiled_where_all_its_networks_are() -> None:
+    results = {name: measured(name, 1.0) for name in ("ADM-256", "ADM-classifier")}
+    unet = results["ADM-256"]["providers"]
+    unet["compile"] = unet["eager"]
+    assert [r.provider for r in tables.rows(results) if r.model.label.startswith("ADM-G")] == ["eager"]
+    results["ADM-classifier"]["providers"]["compile"] = unet["eager"]
+    assert [r.provider for r in tables.rows(results) if r.model.label.startswith("ADM-G")] == [
+        "eager",
+        "compile",
+    ]
+
+
 def test_a_small_run_is_checked_measured_and_resumed(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     cases = ("--case", "PixNerd-L/16", "halves-PixNerd-L/16", "ablations", "block-noise")
     asked = []

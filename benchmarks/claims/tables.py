@@ -32,13 +32,13 @@ def _gigabytes(nbytes: int | None) -> str:
 
 
 def rows(results: Results) -> list[Row]:
-    """Every model, once for each provider that measured it."""
+    """Every model, once for each provider that measured all its networks."""
     found = []
     for model in MODELS.values():
         providers = [
             p
             for p in PROVIDERS
-            if any(p in results.get(n, {}).get("providers", {}) for n in model.networks())
+            if all(p in results.get(n, {}).get("providers", {}) for n in model.networks())
         ] or ["eager"]
         found += [row(results, model, provider) for provider in providers]
     return found
