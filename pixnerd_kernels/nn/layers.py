@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixnerd_kernels.ops import linear, modulated_rms_norm, swiglu
+from pixnerd_kernels.ops.linear import linear
+from pixnerd_kernels.ops.modulated_rms_norm import modulated_rms_norm
+from pixnerd_kernels.ops.swiglu import swiglu
 
 
 class Linear(nn.Linear):
@@ -53,12 +55,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w2(SiLU(w1(x)) * w3(x)) with int(8/3 D) hidden channels.
-
-    On a GPU, hidden channels that fill no whole 16-byte words in half precision (2730 at D = 1024) are computed with
-    zero weights up to a multiple of 8, which change no value: with odd rows cuBLAS falls back to kernels that take
-    three times as long.
-    """
+    """w2(SiLU(w1(x)) * w3(x)) with int(8/3 D) hidden channels: `feed_forward`."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -68,13 +65,23 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(hidden_size, inner, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = (self.w1, self.w2, self.w3)
-        # What has put itself in a layer's place (an adapter, a hook) has to be called.
-        if (missing := _missing_channels(x, self.w1)) and all(_is_plain(layer) for layer in layers):
-            w1, w3 = (F.pad(layer.weight, (0, 0, 0, missing)) for layer in (self.w1, self.w3))
-            return linear(swiglu(linear(x, w1), linear(x, w3)), F.pad(self.w2.weight, (0, missing)))
-        out: Tensor = self.w2(swiglu(self.w1(x), self.w3(x)))
-        return out
+        return feed_forward(x, self.w1, self.w3, self.w2)
+
+
+def feed_forward(x: Tensor, gate: nn.Module, up: nn.Module, last: nn.Module) -> Tensor:
+    """last(SiLU(gate(x)) * up(x)): x [..., D] through three linear layers, [..., N] in x's dtype.
+
+    On a GPU, hidden channels that fill no whole 16-byte words in half precision (2730 at D = 1024) are computed with
+    zero weights up to a multiple of 8, which change no value: with odd rows cuBLAS falls back to kernels that take
+    three times as long.
+    """
+    # What has put itself in a layer's place (an adapter, a hook) has to be called.
+    if (missing := _missing_channels(x, gate)) and all(map(_is_plain, (gate, up, last))):
+        wide_gate, wide_up = (F.pad(layer.weight, (0, 0, 0, missing)) for layer in (gate, up))  # type: ignore[arg-type]
+        product = swiglu(linear(x, wide_gate), linear(x, wide_up))
+        return linear(product, F.pad(last.weight, (0, missing)))  # type: ignore[arg-type]
+    out: Tensor = last(swiglu(gate(x), up(x)))
+    return out
 
 
 def _missing_channels(x: Tensor, layer: nn.Module) -> int:
@@ -84,4 +91,4 @@ def _missing_channels(x: Tensor, layer: nn.Module) -> int:
 
 def _is_plain(layer: nn.Module) -> bool:
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is Linear and layer.bias is None and not any(hooks)
+    return type(layer) in (Linear, nn.Linear) and layer.bias is None and not any(hooks)

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pixnerd_kernels.nn.layers import feed_forward
 from pixnerd_kernels.ops.modulated_rms_norm import modulated_rms_norm
 from pixnerd_kernels.ops.neural_field_mlp import neural_field_mlp_packed
 from pixnerd_kernels.ops.swiglu import swiglu as _swiglu
@@ -91,8 +92,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        out: Tensor = self.w2(_swiglu(self.w1(x), self.w3(x)))  # type: ignore[operator]
-        return out
+        return feed_forward(x, self.w1, self.w3, self.w2)  # type: ignore[arg-type]
 
 
 class PackedSwiGLU(nn.Module):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pixnerd_kernels import patch
 from pixnerd_kernels.nn import layers
 
 
@@ -92,3 +93,26 @@ def test_on_a_gpu():
     for a, b, c in zip(results(module, module, x), usual, exact, strict=True):
         error, allowed = ((t.double() - c).norm() / c.norm() for t in (a, b))
         assert error <= 2 * allowed + 4 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_patched_model_s_layers_are_padded_too(rounding, swapped):
+    class FeedForward(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1, self.w3 = nn.Linear(20, 53, bias=False), nn.Linear(20, 53, bias=False)
+            self.w2 = nn.Linear(53, 20, bias=False)
+
+        def forward(self, x):
+            if swapped:
+                return self.w2(self.w1(x) * F.silu(self.w3(x)))
+            return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+    torch.manual_seed(0)
+    model = FeedForward()
+    x = torch.randn(2, 5, 20)
+    expected = model(x)
+    patch(model, ops="swiglu")
+    del rounding[:]
+    torch.testing.assert_close(model(x), expected)
+    assert rounding == [56, 56, 20]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixnerd_kernels.nn.layers import feed_forward
 from pixnerd_kernels.ops.swiglu import swiglu
 from pixnerd_kernels.patching.probe import Candidate, Form, Inputs
 from pixnerd_kernels.patching.rules.base import Left, inert, is_linear, own_tensors, positional
@@ -28,13 +29,16 @@ class FeedForward(Replacement):
     swapped: bool
 
     def run(self, module: Any, *args: Any) -> Tensor:
-        made = [getattr(module, name)(args[0]) for name in self.first]
-        if len(made) == 1 and not self.swapped:
-            product = swiglu(made[0])
+        layers, last = [getattr(module, name) for name in self.first], getattr(module, self.last)
+        if len(layers) == 2:
+            gate, up = reversed(layers) if self.swapped else layers
+            return feed_forward(args[0], gate, up, last)
+        made = layers[0](args[0])
+        if self.swapped:
+            up, gate = made.chunk(2, dim=-1)
+            out: Tensor = last(swiglu(gate, up))
         else:
-            gate, up = made if len(made) == 2 else made[0].chunk(2, dim=-1)
-            product = swiglu(up, gate) if self.swapped else swiglu(gate, up)
-        out: Tensor = getattr(module, self.last)(product)
+            out = last(swiglu(made))
         return out
 
 
