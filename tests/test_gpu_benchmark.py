@@ -7,7 +7,7 @@ import pytest
 import torch
 from processes import PACKAGE, environment
 
-from benchmarks import gpu
+from benchmarks import gpu, providers
 from benchmarks.__main__ import main
 
 RATES = gpu.Rates(3.0e12, 800e12, "a test")
@@ -25,6 +25,17 @@ def test_the_roofline_that_is_written_down():
     assert RATES.roofline(training, training.shape, True) == pytest.approx(1.43e-3, rel=1e-2)
     assert gpu.rates_of("NVIDIA H100 80GB HBM3", slow_memory).memory == 3.0e12
     assert gpu.rates_of("NVIDIA L4", slow_memory) is slow_memory
+
+
+def test_rivals_run_where_they_are_installed_and_can_run_again(monkeypatch):
+    asked = ["ours", "liger"]
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
+    assert gpu._runs(gpu.CASES["norm-bf16-training"], asked) == ["ours"]
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: name == "liger_kernel")
+    for name in ("norm-bf16-forward", "norm-bf16-training", "swiglu-bf16-forward"):
+        assert gpu._runs(gpu.CASES[name], asked) == asked
+    for name in ("swiglu-bf16-training", "plain-bf16-forward"):
+        assert gpu._runs(gpu.CASES[name], asked) == ["ours"]
 
 
 SMALL = {"decoder-xl-saving-bf16-training": {"B": 1, "H": 16, "K": 1}, "rope-bf16-forward": {"B": 1}}

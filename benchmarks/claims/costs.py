@@ -95,12 +95,9 @@ def on_gpu(results: Results) -> bool:
 
 
 def _entry(results: Results, network: str, provider: str) -> dict[str, Any]:
-    """What a provider measured; baselines that were not compiled are taken eager."""
-    providers = results.get(network, {}).get("providers", {})
-    if provider in providers or network.startswith("PixNerd"):
-        found: dict[str, Any] = providers.get(provider, {})
-        return found
-    return providers.get("eager", {})
+    """What a provider measured."""
+    found: dict[str, Any] = results.get(network, {}).get("providers", {}).get(provider, {})
+    return found
 
 
 def network_cost(results: Results, network: str, images: int, provider: str) -> Cost | None:

@@ -32,14 +32,11 @@ def _gigabytes(nbytes: int | None) -> str:
 
 
 def rows(results: Results) -> list[Row]:
-    """Every model, once for each provider that measured all its networks."""
+    """Every model, once for each provider that measured all of its networks that were run."""
     found = []
     for model in MODELS.values():
-        providers = [
-            p
-            for p in PROVIDERS
-            if all(p in results.get(n, {}).get("providers", {}) for n in model.networks())
-        ] or ["eager"]
+        measured = [results[name].get("providers", {}) for name in model.networks() if name in results]
+        providers = [p for p in PROVIDERS if measured and all(p in entry for entry in measured)] or ["eager"]
         found += [row(results, model, provider) for provider in providers]
     return found
 

@@ -34,11 +34,7 @@ class FeedForward(Replacement):
             gate, up = reversed(layers) if self.swapped else layers
             return feed_forward(args[0], gate, up, last)
         made = layers[0](args[0])
-        if self.swapped:
-            up, gate = made.chunk(2, dim=-1)
-            out: Tensor = last(swiglu(gate, up))
-        else:
-            out = last(swiglu(made))
+        out: Tensor = last(swiglu(*reversed(made.chunk(2, dim=-1))) if self.swapped else swiglu(made))
         return out
 
 
