@@ -56,7 +56,7 @@ if "$python" -c 'import pytest' 2>/dev/null; then
     -k triton & pids+=($!)
   step tests_others 240 "${pytest[@]}" tests/ops/test_normalize_weights.py tests/ops/test_coordinate_encoding.py \
     -k "triton and not opcheck" & pids+=($!)
-  step tests_layers 120 "${pytest[@]}" tests/nn/test_swiglu.py & pids+=($!)
+  step tests_layers 120 "${pytest[@]}" tests/nn/test_feed_forward.py & pids+=($!)
   step tests_blocks 240 "${pytest[@]}" tests/ops/test_{modulated_rms_norm,gated_residual,qk_norm_rope,swiglu}.py \
     -k "triton and not opcheck" & pids+=($!)
   step tests_decoder 300 "${pytest[@]}" tests/ops/test_pixel_decoder.py -k "triton and not every_chunking" & pids+=($!)
