@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -81,12 +82,15 @@ def busy(provenance: dict[str, Any]) -> str:
 
 
 def _cpu_model() -> str:
-    try:
+    """The name, and what tells apart processors that a virtual machine gives one name."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    if name := found.get("model name"):
+        numbers = [f"{key.split()[-1]} {found[key]}" for key in ("cpu family", "model") if key in found]
+        return f"{name} ({', '.join(numbers)})" if numbers else name
     return platform.processor() or platform.machine()
 
 

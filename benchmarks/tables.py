@@ -73,9 +73,9 @@ def notes(result: dict[str, Any]) -> list[str]:
     for name, entry in result["providers"].items():
         if "reason" in entry:
             lines.append(f"{name} is {entry['status']}: {entry['reason']}")
-    for yardstick in result.get("yardsticks", {}).values():
+    for name, yardstick in result.get("yardsticks", {}).items():
         rate = yardstick["work"] / yardstick["median_s"] / 1e9
-        unit = "GFLOP/s" if "matmul" in yardstick["label"] else "GB/s"
+        unit = "GB/s" if name == "copy" else "GFLOP/s"
         lines.append(f"{yardstick['label']}: {_ms(yardstick['median_s'])} ms, {rate:.4g} {unit}")
     counts = {name: entry["ops"] for name, entry in result["providers"].items() if entry.get("ops")}
     if counts:

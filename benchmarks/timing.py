@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pixnerd_kernels import backends
+
 #: Tasks shorter than this are repeated inside a sample, which then holds their mean. Seconds.
 MIN_SAMPLE = 1e-3
 
@@ -105,8 +107,24 @@ class Yardstick:
     run: Callable[[], object]
 
 
+#: Steps of one call of the multiply-adds: some 20 ms.
+_STEPS = 5_000_000
+
+
+def multiply_adds() -> list[Yardstick]:
+    """The limit of float32 arithmetic: multiply-adds on registers alone, on torch's threads; none without the core."""
+    try:
+        core = backends.native()
+    except NotImplementedError:
+        return []
+    threads = torch.get_num_threads()
+    work = core.multiply_adds(1, threads) * _STEPS
+    label = f"multiply-adds on registers ({core.isa()})"
+    return [Yardstick("peak", label, work, lambda: core.multiply_adds(_STEPS, threads))]
+
+
 def yardsticks(matmul: int = 2048, copy_mib: int = 64) -> list[Yardstick]:
-    """A square float32 matmul of that many rows, and a copy of that many MiB (reads and writes count)."""
+    """A square float32 matmul of that many rows, a copy of that many MiB (reads and writes count), and the limit."""
     a, b = torch.randn(matmul, matmul), torch.randn(matmul, matmul)
     product = torch.empty(matmul, matmul)
     source = torch.ones(copy_mib << 18)
@@ -114,4 +132,5 @@ def yardsticks(matmul: int = 2048, copy_mib: int = 64) -> list[Yardstick]:
     return [
         Yardstick("matmul", f"{matmul}^3 float32 matmul", 2 * matmul**3, lambda: torch.mm(a, b, out=product)),
         Yardstick("copy", f"{copy_mib} MiB copy", 2 * source.nbytes, lambda: target.copy_(source)),
+        *multiply_adds(),
     ]

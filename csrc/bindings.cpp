@@ -286,6 +286,9 @@ PYBIND11_MODULE(_native, m) {
         pixnerd::advise_huge_pages(mutable_address(block), static_cast<std::size_t>(bytes));
       },
       py::arg("address"), py::arg("bytes"), "Ask for huge pages under a large new block.");
+  m.def("multiply_adds", &pixnerd::multiply_adds, py::arg("steps"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Multiply-adds on registers alone, the processor's limit: the floating-point operations done.");
   m.def("openmp_runtime", &pixnerd::openmp_runtime, "Path of the OpenMP runtime in use, or an empty string.");
 
   py::class_<pixnerd::NeuralField>(m, "NeuralField", "Sizes, options and addresses of one call.")

@@ -23,6 +23,7 @@ namespace pixnerd {
   void qk_norm_rope_backward(const QkNormRope&, const QkNormRopeGradients&);                      \
   void swiglu_forward(const Swiglu&, MutableMatrices);                                            \
   void swiglu_backward(const Swiglu&, Matrices, MutableMatrices, MutableMatrices);                \
+  std::int64_t multiply_adds(std::int64_t, int);                                                  \
   }
 PIXNERD_DECLARE(portable)
 #if PIXNERD_HAS_AVX2
@@ -55,7 +56,8 @@ struct Isa {
    isa::qk_norm_rope_forward,        \
    isa::qk_norm_rope_backward,       \
    isa::swiglu_forward,              \
-   isa::swiglu_backward}
+   isa::swiglu_backward,             \
+   isa::multiply_adds}
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
@@ -153,5 +155,6 @@ void swiglu_forward(const Swiglu& s, MutableMatrices out) { kernels().swiglu_for
 void swiglu_backward(const Swiglu& s, Matrices grad, MutableMatrices d_gate, MutableMatrices d_up) {
   kernels().swiglu_backward(s, grad, d_gate, d_up);
 }
+std::int64_t multiply_adds(std::int64_t steps, int threads) { return kernels().multiply_adds(steps, threads); }
 
 }  // namespace pixnerd

@@ -9,6 +9,7 @@
 #include "modulated_rms_norm.h"
 #include "neural_field_mlp.h"
 #include "normalize_weights.h"
+#include "peak.h"
 #include "pixel_decoder.h"
 #include "qk_norm_rope.h"
 #include "swiglu.h"
@@ -42,6 +43,7 @@ struct Kernels {
   void (*qk_norm_rope_backward)(const QkNormRope&, const QkNormRopeGradients&);
   void (*swiglu_forward)(const Swiglu&, MutableMatrices);
   void (*swiglu_backward)(const Swiglu&, Matrices, MutableMatrices, MutableMatrices);
+  std::int64_t (*multiply_adds)(std::int64_t, int);
 };
 const Kernels& kernels();
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Last, so that an installed package is not shadowed by the checkout.
 sys.path.append(str(ROOT))
 
-from benchmarks import ops, provenance, tables, worker  # noqa: E402
+from benchmarks import ops, provenance, tables, timing, worker  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.check import Truth  # noqa: E402
 from benchmarks.memory import allocation_peak  # noqa: E402
@@ -303,6 +304,31 @@ def test_samples_and_interleaving() -> None:
     slow, fast = Samples([2.0, 20.0, 200.0], []), Samples([1.0, 10.0, 100.0], [])
     assert slow.ratio(fast) == 2
     assert slow.median == 20
+
+
+@pytest.mark.parametrize(("isa", "lanes"), [("portable", 4), ("avx2", 8), ("avx512", 16)])
+def test_the_limit_of_the_arithmetic(core: Any, isa: str, lanes: int) -> None:
+    """The multiply-adds are really done: all of them, on every thread, and none is optimised away."""
+    if isa not in core.isas():
+        pytest.skip(f"this processor does not run {isa}")
+    before = core.isa()
+    core.set_isa(isa)
+    try:
+        once = core.multiply_adds(1, 1)
+        assert once % (2 * lanes) == 0
+        assert [core.multiply_adds(n, threads) for n, threads in ((10, 1), (1, 2), (7, 2))] == [
+            10 * once, 2 * once, 14 * once,
+        ]  # fmt: skip
+
+        def seconds(steps: int) -> float:
+            return min(timeit.repeat(lambda: core.multiply_adds(steps, 1), number=1, repeat=5))
+
+        assert seconds(1_000_000) > 20 * seconds(10_000)
+        (peak,) = timing.multiply_adds()
+        assert isa in peak.label
+        assert peak.work == torch.get_num_threads() * once * timing._STEPS
+    finally:
+        core.set_isa(before)
 
 
 def test_the_command_in_processes_of_its_own(tmp_path: Path) -> None:
