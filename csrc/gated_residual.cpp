@@ -46,9 +46,12 @@ void backward(Storage storage, const GatedResidual& g, Matrices grad, MutableMat
                    }
                  });
   if (!d_gate.data) return;
-  parallel_for(g.columns, g.threads, [&](int, std::int64_t c) {
+  for_column_runs(g.columns, g.threads, [&](std::int64_t first, int count) {
+    double totals[kRun];
     for (std::int64_t batch = 0; batch < g.batches; ++batch) {
-      Storage::put(row_of(storage, d_gate, batch, 0) + c, static_cast<T>(sums.total(batch * chunks, chunks, 0, c)));
+      sums.totals(batch * chunks, chunks, 0, first, count, totals);
+      auto* target = row_of(storage, d_gate, batch, 0) + first;
+      for (int c = 0; c < count; ++c) Storage::put(target + c, static_cast<T>(totals[c]));
     }
   });
 }

@@ -107,21 +107,28 @@ void backward_rows(Storage storage, const ModulatedNorm& n, const ModulatedNormG
 template <class T, class Storage>
 void reduce(Storage storage, const ModulatedNorm& n, const ModulatedNormGradients& d, const Lines<T>& sums) {
   const std::int64_t chunks = row_chunks(n.rows);
-  const T* weight = static_cast<const T*>(n.weight);
-  parallel_for(n.columns, n.threads, [&](int, std::int64_t c) {
-    double d_weight = 0;
+  for_column_runs(n.columns, n.threads, [&](std::int64_t first, int count) {
+    const T* weight = static_cast<const T*>(n.weight) + first;
+    double d_weight[kRun] = {}, totals[kRun];
     for (std::int64_t batch = 0; batch < n.batches; ++batch) {
-      const double g_n = sums.total(batch * chunks, chunks, kSumGN, c);
-      const double scale = n.scale.data ? Storage::get(row_of(storage, n.scale, batch, 0) + c) : T(0);
-      d_weight += (1 + scale) * g_n;
-      const auto put = [&](const MutableMatrices& target, double value) {
-        if (target.data) Storage::put(row_of(storage, target, batch, 0) + c, static_cast<T>(value));
+      const auto add_up = [&](int line) { sums.totals(batch * chunks, chunks, line, first, count, totals); };
+      const auto put = [&](const MutableMatrices& target, auto&& value) {
+        auto* row = row_of(storage, target, batch, 0) + first;
+        for (int c = 0; c < count; ++c) Storage::put(row + c, static_cast<T>(value(c)));
       };
-      put(d.scale, g_n * weight[c]);
-      if (d.shift.data) put(d.shift, sums.total(batch * chunks, chunks, kSumG, c));
-      if (d.gate.data) put(d.gate, sums.total(batch * chunks, chunks, kSumZY, c));
+      add_up(kSumGN);
+      const auto* scale = n.scale.data ? row_of(storage, n.scale, batch, 0) + first : nullptr;
+      for (int c = 0; c < count; ++c) d_weight[c] += (1.0 + (scale ? Storage::get(scale + c) : T(0))) * totals[c];
+      if (d.scale.data) put(d.scale, [&](int c) { return totals[c] * weight[c]; });
+      const auto put_sums = [&](const MutableMatrices& target, int line) {
+        if (!target.data) return;
+        add_up(line);
+        put(target, [&](int c) { return totals[c]; });
+      };
+      put_sums(d.shift, kSumG);
+      put_sums(d.gate, kSumZY);
     }
-    if (d.weight) static_cast<T*>(d.weight)[c] = static_cast<T>(d_weight);
+    for (int c = 0; d.weight && c < count; ++c) static_cast<T*>(d.weight)[first + c] = static_cast<T>(d_weight[c]);
   });
 }
 

@@ -171,10 +171,16 @@ void backward(Storage storage, const QkNormRope& a, const QkNormRopeGradients& d
       copy_head(storage, head_of(storage, d.v, b, t, h), head_of(storage, to_v, b, s, h), a.channels);
     }
   });
-  for (std::int64_t c = 0; c < a.channels; ++c) {
-    if (d.q_weight) static_cast<T*>(d.q_weight)[c] = static_cast<T>(sums.total(0, chunks, kSumQ, c));
-    if (d.k_weight) static_cast<T*>(d.k_weight)[c] = static_cast<T>(sums.total(0, chunks, kSumK, c));
-  }
+  const auto put_sums = [&](void* target, int line) {
+    if (!target) return;
+    for_column_runs(a.channels, 1, [&](std::int64_t first, int count) {
+      double totals[kRun];
+      sums.totals(0, chunks, line, first, count, totals);
+      for (int c = 0; c < count; ++c) static_cast<T*>(target)[first + c] = static_cast<T>(totals[c]);
+    });
+  };
+  put_sums(d.q_weight, kSumQ);
+  put_sums(d.k_weight, kSumK);
 }
 
 }  // namespace

@@ -46,6 +46,17 @@ void for_row_chunks(std::int64_t batches, std::int64_t rows, int threads, Functi
     function(worker, item, item / chunks, first, left < kChunkRows ? left : kChunkRows);
   });
 }
+
+// Call function(first column, columns) for every run of at most kRun columns.
+constexpr int kRun = 64;
+template <class Function>
+void for_column_runs(std::int64_t columns, int threads, Function&& function) {
+  parallel_for((columns + kRun - 1) / kRun, threads, [&](int, std::int64_t item) {
+    const std::int64_t first = item * kRun, left = columns - first;
+    function(first, left < kRun ? static_cast<int>(left) : kRun);
+  });
+}
+
 PIXNERD_INLINE std::int64_t row_chunks(std::int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
 
 // Lines of `columns` numbers, padded to whole vectors: a worker's scratch, or the sums of the chunks.
@@ -64,11 +75,13 @@ class Lines {
     T* p = (*this)(set, 0);
     for (std::ptrdiff_t i = 0; i < lines_ * stride_; ++i) p[i] = T(0);
   }
-  // The sum of one line's column over sets first ... first + count - 1.
-  double total(std::int64_t first, std::int64_t count, int line, std::int64_t column) const {
-    double sum = 0;
-    for (std::int64_t set = first; set < first + count; ++set) sum += (*this)(set, line)[column];
-    return sum;
+  // The sums of one line over sets first ... first + count - 1, for some columns from `column` on.
+  void totals(std::int64_t first, std::int64_t count, int line, std::int64_t column, int columns, double* out) const {
+    for (int c = 0; c < columns; ++c) out[c] = 0;
+    for (std::int64_t set = first; set < first + count; ++set) {
+      const T* values = (*this)(set, line) + column;
+      for (int c = 0; c < columns; ++c) out[c] += values[c];
+    }
   }
 
  private:
