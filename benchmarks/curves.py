@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ops, plot, provenance, tables
-from benchmarks.files import save
+from benchmarks.files import measuring, save
 from benchmarks.providers import select_providers
 from benchmarks.timing import QUICK
 from benchmarks.worker import Job
@@ -67,20 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
         "schema": 1,
         "kind": "curves",
         "provenance": provenance.collect(sys.argv[1:]),
-        "interrupted": False,
         "results": [],
     }
     path = arguments.out / "curves.json"
-    try:
+    with measuring(document):
         for name, value, job in jobs(arguments.sweep or list(SWEEPS), tuple(providers), arguments):
             print(f"{name} {value}: {job.case}", file=sys.stderr, flush=True)
             result = ops.launch_process(job)
             document["results"].append({**result, "sweep": name, "value": value})
             print("\n" + tables.text(document["results"][-1]) + "\n", flush=True)
             save(path, document)
-    except KeyboardInterrupt:
-        document["interrupted"] = True
-        save(path, document)
+    save(path, document)
     save(path.with_suffix(".md"), markdown(document))
     try:
         plot.curves(document, path.with_suffix(".png"))

@@ -1,9 +1,12 @@
-"""Result files: read with checks, written in one step."""
+"""Result files: read with checks, written in one step, and marked until they are complete."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +34,18 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
     if kind is not None and document.get("kind") != kind:
         raise ValueError(f"{path}: expected results of {kind!r}, got {document.get('kind')!r}")
     return document
+
+
+@contextmanager
+def measuring(document: dict[str, Any], advice: str = "") -> Iterator[None]:
+    """While a run fills a document, and where it is interrupted or killed, what is saved of it says "interrupted".
+
+    Ctrl-C ends the block, and what the run has is kept.
+    """
+    document["interrupted"] = True
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted after {len(document['results'])} results{advice}", file=sys.stderr)
+    else:
+        document["interrupted"] = False

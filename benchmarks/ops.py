@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import breakdown, compare, plot, provenance, tables
-from benchmarks.files import load, save
+from benchmarks.files import load, measuring, save
 from benchmarks.providers import PROVIDERS, select_providers
 from benchmarks.registry import Case, select_cases
 from benchmarks.timing import QUICK, Budget
@@ -95,14 +95,13 @@ def run(arguments: argparse.Namespace) -> int:
     document: dict[str, Any] = {
         "schema": 1,
         "provenance": provenance.collect(sys.argv[1:]),
-        "interrupted": False,
         "results": [],
     }
     kept = _kept(arguments, document["provenance"])
     print(provenance.summary(document["provenance"]), flush=True)
     if busy := provenance.busy(document["provenance"]):
         print(f"warning: {busy}", flush=True)
-    try:
+    with measuring(document, f" of {len(jobs)}"):
         for index, job in enumerate(jobs, 1):
             print(f"[{index}/{len(jobs)}] {job.case}, malloc {job.malloc}", file=sys.stderr, flush=True)
             result = kept.get(job.to_json()) or launch_process(job)
@@ -110,9 +109,6 @@ def run(arguments: argparse.Namespace) -> int:
             print("\n" + tables.text(document["results"][-1]) + "\n", flush=True)
             if arguments.json:
                 save(arguments.json, document)
-    except KeyboardInterrupt:
-        document["interrupted"] = True
-        print(f"interrupted after {len(document['results'])} of {len(jobs)} measurements", file=sys.stderr)
     _write(arguments, document)
     if document["interrupted"]:
         return 130

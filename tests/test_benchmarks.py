@@ -212,6 +212,21 @@ def test_an_interrupted_run_keeps_its_results(run: Any) -> None:
     assert [result["case"] for result in document["results"]] == ["normalize_weights-forward"]
 
 
+def test_a_killed_run_s_results_say_so(run: Any, tmp_path: Path) -> None:
+    """Nobody tells a process that is killed: what it has saved by then must not pass for a complete run."""
+    saved = []
+
+    def launch(job: worker.Job) -> dict[str, Any]:
+        if (tmp_path / "result.json").exists():
+            saved.append(json.loads((tmp_path / "result.json").read_text()))
+        return worker.run_job(job)
+
+    code, document = run("--case", "normalize_weights", "--provider", "ours", launch=launch)
+    assert code == 0
+    assert [(part["interrupted"], len(part["results"])) for part in saved] == [(True, 1)]
+    assert document["interrupted"] is False
+
+
 def test_out_of_memory_in_one_case_leaves_the_others(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     huge = dataclasses.replace(CASES[FORWARD], smoke={"N": 1 << 30, "S": 1 << 10, "D1": 64, "D2": 64})
     monkeypatch.setitem(CASES, FORWARD, huge)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import provenance
-from benchmarks.files import load, save
+from benchmarks.files import load, measuring, save
 from benchmarks.gpu import gpu
 
 #: What has to agree for a kept result to stand in for a new one.
@@ -122,14 +122,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             f"{len(planned) - len(todo)} of {len(planned)} cases are in {path} already: --fresh repeats them"
         )
-    try:
+    with measuring(document, f"; the same command goes on from {path}"):
         if arguments.prepare:
             prepare(todo, arguments.prepare)
         _measure(todo, document, path)
-    except KeyboardInterrupt:
-        document["interrupted"] = True
-        save(path, document)
-        print(f"\ninterrupted; the same command goes on from {path}", file=sys.stderr)
+    save(path, document)
     text = tables.markdown(document)
     save(path.with_suffix(".md"), text)
     print(text)
@@ -145,7 +142,6 @@ def _document(path: Path, arguments: argparse.Namespace, device: str) -> dict[st
         "schema": 1,
         "kind": "claims",
         "provenance": provenance.collect(sys.argv[1:]),
-        "interrupted": False,
         "results": [],
     }
     if device == "cuda":
