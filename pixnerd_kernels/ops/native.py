@@ -24,34 +24,6 @@ def strided(tensor: Tensor | None) -> Strided:
     return ABSENT if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
-def _operand(tensor: Tensor) -> Strided:
-    """A matrix by address and strides; those of a dimension of one do not matter, and may be anything in torch."""
-    row, column = (1 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), row, column
-
-
-def matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> None:
-    """out (+)= a @ b + bias by csrc/matmul, accumulated in the computed dtype.
-
-    Each matrix has neighbours along one dimension, out along its last.
-    """
-    backends.native().matmul(
-        rows=a.shape[0],
-        columns=b.shape[1],
-        depth=a.shape[1],
-        a=_operand(a),
-        a_dtype=DTYPES[a.dtype],
-        b=_operand(b),
-        b_dtype=DTYPES[b.dtype],
-        bias=0 if bias is None else bias.data_ptr(),
-        c=out.data_ptr(),
-        row_stride=out.stride(0),
-        dtype=DTYPES[out.dtype],
-        accumulate=add,
-        threads=torch.get_num_threads(),
-    )
-
-
 #: Bytes from which a tensor is worth a call to the operating system.
 _LARGE = 4 << 20
 

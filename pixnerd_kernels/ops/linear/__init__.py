@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pixnerd_kernels import backends
 from pixnerd_kernels.ops.library import register, register_autograd
-from pixnerd_kernels.ops.native import dense_rows, fresh, matmul
 
 #: Multiply-adds below which the op's own cost outweighs what it gains.
 _LEAST = 1 << 22
@@ -21,8 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     torch multiplies float32 matrices on a CPU with MKL, which takes its AVX2 kernels on AMD's processors even where
     they have AVX-512. oneDNN, which the same torch holds for other dtypes, takes the AVX-512 ones and reads the weight
-    in place. Large float32 products on such a processor run there, forward and backward, but for the weight's gradient,
-    where oneDNN falls behind: that is the compiled core's product, on huge pages. Everything else is
+    in place. Large float32 products on such a processor run there, forward and backward; everything else is
     torch.nn.functional.linear itself. `use_backend("reference")` always takes the latter.
 
     Args:
@@ -96,54 +94,8 @@ register(
 )
 
 
-def _core() -> bool:
-    try:
-        backends.native()
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """gradᵀ x."""
-    if grad.device.type != "cpu" or grad.dtype != torch.float32 or not _core():
-        return _forward(grad.t(), x.t(), None)
-    out = fresh(grad.new_empty(grad.shape[1], x.shape[1]))
-    if out.numel():
-        matmul(dense_rows(grad).mT, dense_rows(x), out)
-    return out
-
-
-register(
-    "linear_weight_gradient(Tensor grad, Tensor x) -> Tensor",
-    _weight_gradient,
-    lambda grad, x: x.new_empty(grad.shape[1], x.shape[1]),
-)
-
-
-class _WeightGradient(torch.autograd.Function):
-    """gradᵀ x for grad [M, N] and x [M, K]; its own backward are two products of `linear`."""
-
-    @staticmethod
-    def forward(ctx, grad, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(grad, x)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pixnerd.linear_weight_gradient(grad, x)
-
-    @staticmethod
-    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
-        grad, x = ctx.saved_tensors
-        need_grad, need_x = ctx.needs_input_grad
-        d_grad = torch.ops.pixnerd.linear(x, upstream, None) if need_grad else None
-        dx = torch.ops.pixnerd.linear(grad, upstream.t(), None) if need_x else None
-        return d_grad, dx
-
-
-register_autograd("linear_weight_gradient", _WeightGradient.apply)
-
-
 class _Linear(torch.autograd.Function):
-    """Backward consists of ops that can be differentiated themselves."""
+    """Backward consists of ops that can be differentiated again."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
@@ -155,8 +107,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        dx = torch.ops.pixnerd.linear(grad, weight.t(), None) if need_x else None
-        d_weight = torch.ops.pixnerd.linear_weight_gradient(grad, x) if need_weight else None
+        # Of one row, such as a condition's, both read or write a matrix once and compute next to nothing: oneDNN takes
+        # twice as long as torch's default library.
+        multiply = F.linear if grad.shape[0] == 1 else torch.ops.pixnerd.linear
+        dx = multiply(grad, weight.t(), None) if need_x else None
+        d_weight = multiply(grad.t(), x.t(), None) if need_weight else None
         return dx, d_weight, grad.sum(0) if need_bias else None
 
 
