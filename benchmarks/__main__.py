@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import claims, curves, decoder, gpu, model, ops, patch, report, resources, tune
+from benchmarks import chunks, claims, curves, decoder, gpu, model, ops, patch, report, resources, tune
 
 COMMANDS = {
     "ops": ops,
@@ -14,6 +14,7 @@ COMMANDS = {
     "model": model,
     "claims": claims,
     "curves": curves,
+    "chunks": chunks,
     "report": report,
     "patch": patch,
     "gpu": gpu,

@@ -242,6 +242,28 @@ def gpu(document: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def chunks(document: dict[str, Any], path: Path) -> None:
+    """Milliseconds a patch against the patches of a chunk: measured, and the fitted line's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    heads = list(dict.fromkeys(result["head"] for result in document["results"]))
+    figure, axes = _figure(7, 3 * len(heads) + 0.6, len(heads), document)
+    for axis, head in zip(axes, heads, strict=True):
+        for result in (entry for entry in document["results"] if entry["head"] == head):
+            rows = result["rows"]
+            (line,) = axis.plot(
+                rows, [1e3 * s / n for s, n in zip(result["seconds"], rows, strict=True)], "o", ms=4
+            )
+            fitted = [1e3 * (result["chunk_s"] / n + result["row_s"]) for n in rows]
+            axis.plot(rows, fitted, color=line.get_color(), lw=1, label=result["product"])
+        axis.set_title(f"{head}, one block", fontsize=9)
+        axis.set_xlabel("patches of a chunk")
+        axis.set_ylabel("ms a patch")
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
 def _figure(width: float, height: float, rows: int, document: dict[str, Any]) -> tuple[Any, Any]:
     """A figure with axes below each other and the conditions under them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

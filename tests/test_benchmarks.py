@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Last, so that an installed package is not shadowed by the checkout.
 sys.path.append(str(ROOT))
 
-from benchmarks import ops, provenance, tables, timing, worker  # noqa: E402
+from benchmarks import chunks, ops, provenance, tables, timing, worker  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.check import Truth  # noqa: E402
 from benchmarks.memory import allocation_peak  # noqa: E402
@@ -344,6 +344,29 @@ def test_the_limit_of_the_arithmetic(core: Any, isa: str, lanes: int) -> None:
         assert peak.work == torch.get_num_threads() * once * timing._STEPS
     finally:
         core.set_isa(before)
+
+
+def test_a_chunk_s_cost_is_fitted(core: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known numbers are found again, and a small run is fitted, saved and drawn."""
+    found = chunks.fit([10, 20, 40], [2e-3 + 1e-4 * n for n in (10, 20, 40)])
+    assert found["chunk_s"] == pytest.approx(2e-3)
+    assert found["row_s"] == pytest.approx(1e-4)
+    assert found["largest_error"] < 1e-9
+    assert chunks.fit([1, 2, 3], [1.0, 2.0, 1.0])["largest_error"] > 0.3
+    monkeypatch.setitem(chunks.HEADS, "XL/16", (96, 640))
+    words = ["chunks", "--head", "XL/16", "--rows", "16", "48", "96", "--rounds", "2", "--out", str(tmp_path)]
+    assert main(words) == 0
+    results = json.loads((tmp_path / "chunks.json").read_text())["results"]
+    assert [entry["product"] for entry in results] == [*chunks.TRAINING, "a training step's chunk"]
+    for *products, total in zip(*(entry["seconds"] for entry in results), strict=True):
+        counted = sum(
+            count * seconds for count, seconds in zip(chunks.TRAINING.values(), products, strict=True)
+        )
+        assert total == pytest.approx(counted)
+    assert results[-1]["flops_a_row"] == 4 * 2 * 96 * 640
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "0-chunks.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["chunks", "--rows", "1", "2"]) == 2
 
 
 def test_the_command_in_processes_of_its_own(tmp_path: Path) -> None:
