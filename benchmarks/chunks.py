@@ -113,7 +113,7 @@ def markdown(document: dict[str, Any]) -> str:
     where = document["provenance"]
     rows = ", ".join(map(str, document["results"][0]["rows"]))
     note = (
-        f"Time = ms a chunk + ms a patch x patches, fitted to medians at {rows} patches, with the largest error; one block, float32. "
-        f"`{where['command']}` on {provenance.summary(where)}."
+        f"Time = ms a chunk + ms a patch x patches, fitted to medians at {rows} patches, with the largest error; one "
+        f"block, float32. `{where['command']}` on {provenance.summary(where)}."
     )
     return "\n".join([*lines, "", note]) + "\n"
