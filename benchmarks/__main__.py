@@ -6,7 +6,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import chunks, claims, curves, decoder, gpu, model, ops, patch, report, resources, tune
+from benchmarks import (
+    chunks,
+    claims,
+    curves,
+    decoder,
+    gpu,
+    model,
+    ops,
+    patch,
+    products,
+    report,
+    resources,
+    tune,
+)
 
 COMMANDS = {
     "ops": ops,
@@ -15,6 +28,7 @@ COMMANDS = {
     "claims": claims,
     "curves": curves,
     "chunks": chunks,
+    "products": products,
     "report": report,
     "patch": patch,
     "gpu": gpu,

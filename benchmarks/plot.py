@@ -264,6 +264,27 @@ def chunks(document: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def products(document: dict[str, Any], path: Path) -> None:
+    """Each library's GFLOP/s on every product, under the processor's limit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = document["results"]
+    names = list(dict.fromkeys(name for entry in results for name in entry["flops_per_s"]))
+    figure, (axis,) = _figure(9, 0.55 * len(results) + 1.2, 1, document)
+    height = 0.8 / len(names)
+    for index, name in enumerate(names):
+        timed = [(row, e["flops_per_s"][name]) for row, e in enumerate(results) if name in e["flops_per_s"]]
+        places = [row + (index - (len(names) - 1) / 2) * height for row, _ in timed]
+        axis.barh(places, [speed / 1e9 for _, speed in timed], height, label=name)
+    for row, entry in enumerate(results):
+        axis.plot([entry["limit"] / 1e9] * 2, [row - 0.45, row + 0.45], color="#333333", lw=1.2)
+    axis.set_yticks(range(len(results)), [f"{e['layer']}, {e['pass']}" for e in results], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("GFLOP/s; the line is multiply-adds on registers")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7, frameon=False, loc="lower left")
+    figure.savefig(path, dpi=130)
+
+
 def _figure(width: float, height: float, rows: int, document: dict[str, Any]) -> tuple[Any, Any]:
     """A figure with axes below each other and the conditions under them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -86,7 +86,7 @@ def _documents(inputs: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
 
 def _rendering(document: dict[str, Any]) -> tuple[str, Callable[[dict[str, Any], Path], None]]:
     """A document's Markdown, and what draws it: by its kind, which results of `ops` and `decoder` do not have."""
-    from benchmarks import chunks, compare, curves, gpu, model
+    from benchmarks import chunks, compare, curves, gpu, model, products
     from benchmarks.claims import tables as claims_tables
 
     kinds: dict[str, tuple[Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], None]]] = {
@@ -96,6 +96,7 @@ def _rendering(document: dict[str, Any]) -> tuple[str, Callable[[dict[str, Any],
         "model": (model.markdown, plot.stacks),
         "gpu": (gpu.markdown, plot.gpu),
         "chunks": (chunks.markdown, plot.chunks),
+        "products": (products.markdown, plot.products),
     }
     render, draw = kinds.get(document.get("kind", ""), (tables.markdown, plot.bars))
     try:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Last, so that an installed package is not shadowed by the checkout.
 sys.path.append(str(ROOT))
 
-from benchmarks import chunks, ops, provenance, tables, timing, worker  # noqa: E402
+from benchmarks import chunks, ops, products, provenance, tables, timing, worker  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.check import Truth  # noqa: E402
 from benchmarks.memory import allocation_peak  # noqa: E402
@@ -367,6 +367,30 @@ def test_a_chunk_s_cost_is_fitted(core: Any, tmp_path: Path, monkeypatch: pytest
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "0-chunks.png").read_bytes().startswith(b"\x89PNG")
     assert main(["chunks", "--rows", "1", "2"]) == 2
+
+
+def test_products_by_library(
+    core: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch does not offer oneDNN's linear layer")
+    words = ["products", "--config", "tiny/4", "--rows", "16", "--rounds", "2", "--out", str(tmp_path)]
+    assert main(words) == 0
+    results = json.loads((tmp_path / "products.json").read_text())["results"]
+    assert len(results) == 4 * len(products.PASSES)
+    assert len(results[0]["flops_per_s"]) == 4
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "0-products.png").read_bytes().startswith(b"\x89PNG")
+    right = products.products
+
+    def wrong(*sizes: int) -> Any:
+        found = right(*sizes)
+        call = found["forward"]["the core"]
+        return found | {"forward": found["forward"] | {"the core": lambda: call() * 1.001}}
+
+    monkeypatch.setattr(products, "products", wrong)
+    assert main(words) == 1
+    assert "WRONG: qkv, forward: the core" in capsys.readouterr().out
 
 
 def test_the_command_in_processes_of_its_own(tmp_path: Path) -> None:
