@@ -358,10 +358,8 @@ def test_a_chunk_s_cost_is_fitted(core: Any, tmp_path: Path, monkeypatch: pytest
     assert main(words) == 0
     results = json.loads((tmp_path / "chunks.json").read_text())["results"]
     assert [entry["product"] for entry in results] == [*chunks.TRAINING, "a training step's chunk"]
-    for *products, total in zip(*(entry["seconds"] for entry in results), strict=True):
-        counted = sum(
-            count * seconds for count, seconds in zip(chunks.TRAINING.values(), products, strict=True)
-        )
+    for *parts, total in zip(*(entry["seconds"] for entry in results), strict=True):
+        counted = sum(count * seconds for count, seconds in zip(chunks.TRAINING.values(), parts, strict=True))
         assert total == pytest.approx(counted)
     assert results[-1]["flops_a_row"] == 4 * 2 * 96 * 640
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
