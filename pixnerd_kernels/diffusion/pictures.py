@@ -155,8 +155,9 @@ def _draw(
     coarse_steps = min(int((times < fine_from - 1e-6).sum()), len(times) - 2) if size > trained_size else 0
     like = next(model.parameters())
     channels = model.config.in_channels
-    generator = torch.Generator().manual_seed(seed)
-    white = (torch.randn(channels, trained_size, trained_size, generator=generator) for _ in conditions)
+    generator = torch.Generator().manual_seed(seed)  # the CPU's, whatever the default device
+    shape = (channels, trained_size, trained_size)
+    white = (torch.randn(shape, generator=generator, device="cpu") for _ in conditions)
     noise = [image if coarse_steps else scale_noise(image, size) for image in white]
     drawn = [torch.empty(0, channels, size, size)]
     for start in range(0, len(conditions), BATCH):

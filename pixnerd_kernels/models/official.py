@@ -14,7 +14,7 @@ from pixnerd_kernels.checks import FLOATS
 from pixnerd_kernels.models.base import PixNerdBase
 from pixnerd_kernels.models.config import PixNerdConfig, PixNerdT2IConfig
 from pixnerd_kernels.models.files import read
-from pixnerd_kernels.models.official_shapes import FAMILIES, compare, infer, names
+from pixnerd_kernels.models.official_shapes import FAMILIES, HEAVY_EXTENT, compare, infer, names
 from pixnerd_kernels.models.pixnerd import PixNerd
 from pixnerd_kernels.models.text_to_image import PixNerdT2I
 
@@ -63,6 +63,13 @@ def to_official(model: PixNerdBase) -> dict[str, Tensor]:
     encoding = getattr(model.config, "encoding", "dct")
     if encoding != "dct":
         raise ValueError(f"to_official: expected the encoding 'dct', the official model's, got {encoding!r}")
+    if isinstance(model.config, PixNerdT2IConfig):
+        extents = (float(model.config.patch_size), HEAVY_EXTENT)
+        if model.config.extent not in extents:
+            raise ValueError(
+                f"to_official: expected coordinates that span {' or '.join(f'{e:g}' for e in extents)}, an official "
+                f"model's, got an extent of {model.config.extent:g}"
+            )
     return {official_name(name, model.config): tensor for name, tensor in model.state_dict().items()}
 
 

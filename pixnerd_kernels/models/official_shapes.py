@@ -20,7 +20,7 @@ _OWN_KEYS = {
     r"(y_embedder\.(proj|norm)|blocks\.\d+\.(attn\.(qkv_x|kv_y)|mlp\.w12))\..+",
 }
 #: The positions that the heavy decoder's patches span at any size.
-_HEAVY_EXTENT = 16
+HEAVY_EXTENT = 16
 
 
 def family(state: Mapping[str, Tensor], source: str) -> str:
@@ -107,13 +107,13 @@ def names(keys: list[str], limit: int = 20) -> str:
 
 
 def _extent(variant: str, patch_size: int, source: str) -> float:
-    if variant == "auto" and patch_size != _HEAVY_EXTENT:
+    if variant == "auto" and patch_size != HEAVY_EXTENT:
         raise ValueError(
             f"{source}: variant: expected 't2i' or 't2i_heavydecoder' for this text-to-image checkpoint, got "
             f"'auto': the two official models have the same keys and shapes, but with patches of {patch_size} "
-            f"pixels (not {_HEAVY_EXTENT}) other coordinates, so say which one it was trained as"
+            f"pixels (not {HEAVY_EXTENT}) other coordinates, so say which one it was trained as"
         )
-    return float(patch_size if variant == "t2i" else _HEAVY_EXTENT)
+    return float(patch_size if variant == "t2i" else HEAVY_EXTENT)
 
 
 def _arguments(config: PixNerdConfig | PixNerdT2IConfig) -> dict[str, int]:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from pixnerd_kernels.nn.layers import RMSNorm
-from pixnerd_kernels.ops import DecoderBlockParams, DecoderParams, neural_field_mlp_packed, pixel_decoder
+from pixnerd_kernels.nn.layers import Linear, RMSNorm, untouched
+from pixnerd_kernels.ops import (
+    DecoderBlockParams,
+    DecoderParams,
+    coordinate_encoding,
+    neural_field_mlp_packed,
+    pixel_decoder,
+)
+from pixnerd_kernels.ops.pixel_decoder import scaled_patch
 
 
 class NeuralFieldBlock(nn.Module):
@@ -102,7 +110,14 @@ class PixelDecoder(nn.Module):
     def forward(
         self, image: Tensor, hidden: Tensor, decoder_scale: tuple[float, float] = (1.0, 1.0)
     ) -> Tensor:
-        """image [B, C, H, W], hidden [B, L, D] (activated) -> velocity [B, C, H, W]."""
+        """image [B, C, H, W], hidden [B, L, D] (activated) -> velocity [B, C, H, W].
+
+        One call of `pixel_decoder`, as long as every part is what the constructor made. Where a part was replaced or
+        wrapped, or has hooks or a `forward` of its own (adapters, checkpointing, `fully_shard` or `torch.compile` of
+        a block), the parts are called one after the other, and memory grows with the image.
+        """
+        if not self._is_as_made():
+            return self._part_by_part(image, hidden, decoder_scale)
         return pixel_decoder(
             image,
             hidden,
@@ -113,13 +128,46 @@ class PixelDecoder(nn.Module):
             save_weights=self.save_weights,
         )
 
+    def _is_as_made(self) -> bool:
+        blocks = list(self.blocks)
+        if any(type(block) is not NeuralFieldBlock for block in blocks):
+            return False
+        layers = [self.embed, self.linear, *(block.generator for block in blocks)]
+        norms = [block.norm for block in blocks]
+        return (
+            all(type(layer) in (nn.Linear, Linear) for layer in layers)
+            and all(type(norm) is RMSNorm for norm in norms)
+            and type(self.norm) in (RMSNorm, nn.Identity)
+            and all(untouched(part) for part in (self.norm, *layers, *norms, *blocks))  # type: ignore[arg-type]
+        )
+
+    def _part_by_part(self, image: Tensor, hidden: Tensor, decoder_scale: tuple[float, float]) -> Tensor:
+        height, width = scaled_patch(self.patch_size, decoder_scale)
+        pixels = patchify(image, height, width).flatten(0, 1)
+        scale = None if self.extent is None else (self.extent / width, self.extent / height)
+        encoding = coordinate_encoding(
+            height, width, self.max_freqs, self.encoding, scale=scale, device=image.device, dtype=image.dtype
+        )
+        x = self.embed(torch.cat([pixels, encoding.expand(len(pixels), -1, -1)], dim=-1))
+        for block in self.blocks:
+            x = block(x, hidden.flatten(0, 1))
+        x = self.linear(self.norm(x)).unflatten(0, hidden.shape[:2])
+        return unpatchify(x, height, width, image.shape[2] // height, image.shape[3] // width)
+
     def params(self) -> DecoderParams:
-        """The parameters as `pixel_decoder` takes them."""
+        """The parameters as `pixel_decoder` takes them.
+
+        Raises:
+            TypeError: a part was replaced by one that these parameters do not tell.
+        """
+        if not self._is_as_made():
+            raise TypeError(
+                "PixelDecoder: a part was replaced, wrapped or hooked; its parameters are not all there is"
+            )
         norm = self.norm if isinstance(self.norm, RMSNorm) else None
         blocks = [
-            DecoderBlockParams(block.generator.weight, block.generator.bias, block.norm.weight)
+            DecoderBlockParams(block.generator.weight, block.generator.bias, block.norm.weight)  # type: ignore[union-attr, arg-type]
             for block in self.blocks
-            if isinstance(block, NeuralFieldBlock)
         ]
         return DecoderParams(
             embed_weight=self.embed.weight,

@@ -90,5 +90,16 @@ def _missing_channels(x: Tensor, layer: nn.Module) -> int:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) in (Linear, nn.Linear) and layer.bias is None and not any(hooks)
+    return type(layer) in (Linear, nn.Linear) and layer.bias is None and untouched(layer)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether calling the module does what its class says: it has no hooks, and no `forward` of its own, which is how
+    Kohya's adapters and accelerate's offloading put themselves in."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return not any(hooks) and "forward" not in module.__dict__

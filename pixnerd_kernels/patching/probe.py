@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -253,26 +253,55 @@ def _same(ours: Results, theirs: Results, name: str) -> bool:
 def verify(module: nn.Module, candidate: Candidate) -> Verdict:
     """Find the form that the module computes, and check our replacement of it, on one random probe.
 
-    The probe has the module's dtype and device and runs in its train or eval mode. Nothing of the caller's is
-    disturbed: random states, gradients (none are accumulated), grad mode and autocast.
+    The probe has the module's dtype and device and runs in its train or eval mode, and then in the other, where it may
+    drop something. Nothing of the caller's is disturbed: modes, random states, gradients (none are accumulated), grad
+    mode and autocast.
     """
     parameter = module.get_parameter(candidate.dtype_from)
     dtype, device = probe_dtype(module, candidate.dtype_from), parameter.device
     gradients = not any(p.is_inference() for p in module.parameters())
     generator = torch.Generator().manual_seed(20251)
     with _undisturbed(device, gradients):
+        with torch.device("cpu"):  # the generator's, whatever the default device
+            made = candidate.inputs(generator)
         inputs: Inputs = {
             name: _cast(value.to(device), dtype) if isinstance(value, Tensor) else value
-            for name, value in candidate.inputs(generator).items()
+            for name, value in made.items()
         }
         for tensor in inputs.values():
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 tensor.requires_grad_(gradients)
-        try:
-            return _judge(module, candidate, inputs, generator)
-        except Exception as error:
-            first = str(error).strip().partition("\n")[0]
-            return Verdict(None, f"it raised on the probe: {type(error).__name__}: {first}")
+        verdict = _tried(module, candidate, inputs, generator)
+        if verdict.form is None:
+            return verdict
+        known = replace(candidate, forms=(verdict.form,))
+        with _other_mode(module) as mode:
+            other = _tried(module, known, inputs, generator)
+        if other.form is None:
+            return replace(other, reason=f"in {mode} mode {other.reason}")
+        return verdict
+
+
+def _tried(module: nn.Module, candidate: Candidate, inputs: Inputs, generator: torch.Generator) -> Verdict:
+    try:
+        return _judge(module, candidate, inputs, generator)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        return Verdict(None, f"it raised on the probe: {type(error).__name__}: {first}")
+
+
+@contextlib.contextmanager
+def _other_mode(module: nn.Module) -> Iterator[str]:
+    """Training where the module is in eval mode, eval where it is in training, and every submodule's own again."""
+    modes = [(each, each.training) for each in module.modules()]
+    training = not module.training
+    try:
+        for each, _ in modes:
+            each.training = training
+        yield "training" if training else "eval"
+    finally:
+        for each, mode in modes:
+            each.training = mode
 
 
 def _judge(module: nn.Module, candidate: Candidate, inputs: Inputs, generator: torch.Generator) -> Verdict:
@@ -283,7 +312,7 @@ def _judge(module: nn.Module, candidate: Candidate, inputs: Inputs, generator: t
     if torch.is_grad_enabled() and not out.requires_grad:
         return Verdict(None, "its result has no gradient, where the op's would have one")
     upstream = {
-        name: torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+        name: torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.device, tensor.dtype)
         for name, tensor in original.results.items()
     }
     agreed: dict[str, tuple[Form, Results, Results]] = {}

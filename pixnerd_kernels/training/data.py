@@ -119,6 +119,11 @@ def _read(path: Path, size: int, channels: int) -> Tensor:
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I;16"):  # Pillow would clip at 255
+            image = Image.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"its numbers have no known range (mode {image.mode})")
+        image = image.convert("L" if channels == 1 else "RGB")
     image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1).contiguous()

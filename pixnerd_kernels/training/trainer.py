@@ -67,15 +67,19 @@ class Trainer:
         settings, step = self.settings, self.steps_done
         images, labels = self._batch(step)
         scale = self._draw_scale()
-        noise = torch.randn(images.shape, generator=self.generator, device=self.device)
         size = self._size(scale)
+        # Outside of autocast, which would round it.
+        noise = flow.scale_noise(
+            torch.randn(images.shape, generator=self.generator, device=self.device), size
+        )
+        targets = self._resized(images, size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
             loss = flow.loss(
                 self.model,
-                self._resized(images, size),
+                targets,
                 labels,
                 null=self.model.null_class,
-                noise=flow.scale_noise(noise, size),
+                noise=noise,
                 dropout=settings.class_dropout,
                 shift=settings.timeshift,
                 generator=self.generator,
@@ -102,12 +106,12 @@ class Trainer:
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images in [-1, 1] and labels; every epoch is a permutation that its number and the seed determine."""
         count, size = len(self.dataset.labels), self.settings.batch_size
-        chosen = torch.empty(0, dtype=torch.long)
+        chosen = torch.empty(0, dtype=torch.long, device="cpu")
         position = step * size
         while len(chosen) < size:
             epoch, offset = divmod(position + len(chosen), count)
             generator = torch.Generator().manual_seed(self.settings.seed + 1_000_003 * (epoch + 1))
-            order = torch.randperm(count, generator=generator)
+            order = torch.randperm(count, generator=generator, device="cpu")
             chosen = torch.cat([chosen, order[offset : offset + size - len(chosen)]])
         images = self.dataset.images[chosen].to(self.device).float() / 127.5 - 1
         return images, self.dataset.labels[chosen].to(self.device)
@@ -157,6 +161,11 @@ class Trainer:
             raise ValueError(f"{path}: a run of another configuration: {'; '.join(differences)}")
         if content["data_digest"] != self.digest:
             raise ValueError(f"{path}: the images in {self.settings.data!r} have changed since it was saved")
+        if tensors["generator"].shape != self.generator.get_state().shape:
+            raise ValueError(
+                f"{path}: its random numbers are those of another kind of device than {self.device.type}: it can go on "
+                "where it began only"
+            )
         self.model.load_state_dict(_group(tensors, "model."))
         self.ema.load_state_dict(_group(tensors, "ema."))
         names = {parameter: name for name, parameter in self.model.named_parameters()}

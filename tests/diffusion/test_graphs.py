@@ -110,3 +110,16 @@ def test_modes_that_cannot_be(options, message):
     noise, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=message):
         sample(PixNerd(CONFIG), noise, y, num_steps=2, **options)
+
+
+def test_any_number_of_shapes_is_compiled(monkeypatch):
+    """torch gives up at the ninth otherwise; and the user's own limit stays."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile_(f, backend="eager", **options))
+    torch.compiler.reset()
+    before = torch._dynamo.config.cache_size_limit
+    velocity = graphs.CompiledVelocity(lambda x, t, y: x * t[:, None] + y[:, None], "default")
+    for batch in range(1, 12):
+        x, t, y = torch.randn(batch, 3), torch.rand(batch), torch.rand(batch)
+        torch.testing.assert_close(velocity(x, t, y), x * t[:, None] + y[:, None])
+    assert torch._dynamo.config.cache_size_limit == before

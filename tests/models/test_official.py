@@ -93,6 +93,15 @@ def test_a_model_with_other_coordinates_is_not_passed_off_as_official():
         model.to_official()
 
 
+def test_text_to_image_coordinates_are_not_passed_off_either():
+    model = models.PixNerdT2I(models.T2I_CONFIGS["tiny/4"])
+    assert model.config.extent == 8
+    with pytest.raises(
+        ValueError, match="coordinates that span 4 or 16, an official model's, got an extent of 8"
+    ):
+        model.to_official()
+
+
 def test_configuration_is_checked_where_given(state):
     official = load("c2i_tiny")[0]
     models.load_official(state, {**official, "learn_sigma": True, "weight_path": None})

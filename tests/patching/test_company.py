@@ -280,3 +280,81 @@ def test_training_goes_on():
     report.unpatch()
     models[1].load_state_dict(models[0].state_dict())
     assert torch.equal(models[0](x, t, y), models[1](x, t, y))
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["after the patch", "before"])
+def test_a_forward_of_the_instance_is_called(early):
+    """Kohya's adapters: a generating layer's `forward` becomes an attribute of the layer."""
+    models = [recorded.model("c2i_tiny") for _ in range(2)]
+    gains = [nn.Parameter(torch.zeros(())) for _ in models]
+    if not early:
+        assert pk.patch(models[0]).replaced
+    for each, gain in zip(models, gains, strict=True):
+        layer = each.blocks[-1].param_generator1[0]
+        original = layer.forward
+        # A factor would be normalised away.
+        layer.forward = lambda s, original=original, gain=gain: (
+            original(s) + gain * torch.sin(3 * original(s))
+        )
+    if early:
+        pk.patch(models[0])
+    for gain in gains:
+        gain.data.fill_(0.7)
+    outs = [each(*recorded.inputs("c2i_tiny").values()) for each in models]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    for out in outs:
+        out.square().sum().backward()
+    assert gains[1].grad.abs() > 0
+    torch.testing.assert_close(gains[0].grad, gains[1].grad, rtol=1e-3, atol=1e-5)
+
+
+def offload(module):
+    """As accelerate does it: weights are there while their module runs only."""
+    for child in module.modules():
+        if not child._parameters:
+            continue
+        kept = {name: p for name, p in child._parameters.items() if p is not None}
+        original = child.forward
+
+        def forward(*args, child=child, kept=kept, original=original):
+            child._parameters.update(kept)
+            try:
+                return original(*args)
+            finally:
+                child._parameters.update({name: nn.Parameter(p.to("meta")) for name, p in kept.items()})
+
+        child._parameters.update({name: nn.Parameter(p.to("meta")) for name, p in kept.items()})
+        child.forward = forward
+
+
+def test_weights_that_are_elsewhere_until_their_module_runs():
+    model, twin = (recorded.model("c2i_tiny") for _ in range(2))
+    assert pk.patch(model).replaced
+    offload(model)
+    given = recorded.inputs("c2i_tiny").values()
+    with torch.no_grad():
+        torch.testing.assert_close(model(*given), twin(*given), rtol=1e-4, atol=1e-5)
+
+
+class Dropping(foreign.NerfBlock):
+    """In training a part of the patches keeps what it had (stochastic depth)."""
+
+    def forward(self, x, s):
+        out = super().forward(x, s)
+        return torch.where(torch.rand(len(x), 1, 1) < 0.5, x, out) if self.training else out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_dropped_in_training_is_not_patched_away(training):
+    module = block(Dropping).train(training)
+    entry = the_field(pk.patch(module))
+    assert entry.status == "left"
+    assert training or "in training mode" in entry.reason
+    assert module.training is training
+    assert module.norm.training is training
+
+
+def test_the_default_device_is_not_the_probe_s():
+    module = block()
+    with torch.device("meta"):
+        assert the_field(pk.patch(module)).status == "replaced"

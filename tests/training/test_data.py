@@ -87,3 +87,15 @@ def test_folders_without_images_are_errors(folder, tmp_path):
         load_dataset(str(empty), 8, 3)
     with pytest.raises(ValueError, match="channels: expected 1 or 3, got 2"):
         load_dataset("digits", 8, 2)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(levels).save(tmp_path / "a" / "wide.png")
+    data = load_dataset(str(tmp_path), 8, 1)
+    assert (data.images[0, 0].numpy() == levels // 257).all()
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "a" / "floats.tiff")
+    data = load_dataset(str(tmp_path), 8, 1)
+    assert len(data.images) == 1
+    assert "no known range" in data.skipped[0]

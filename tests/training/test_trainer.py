@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pixnerd_kernels.diffusion import flow
 from pixnerd_kernels.models import PixNerdConfig
 from pixnerd_kernels.training import Dataset, Settings, Trainer, checkpoint, load_dataset, load_sampler, train
 
@@ -185,3 +186,27 @@ def test_bad_settings_are_named_together(digits):
         Trainer(replace(SETTINGS, size=12), digits)
     with pytest.raises(ValueError, match="expected 3 classes, got 10"):
         Trainer(replace(SETTINGS, model=replace(MODEL, num_classes=3)), digits)
+
+
+def test_noise_is_not_rounded_under_autocast(digits, monkeypatch):
+    seen, loss = [], flow.loss
+    monkeypatch.setattr(
+        flow, "loss", lambda *args, **options: seen.append(options["noise"]) or loss(*args, **options)
+    )
+    trainer = Trainer(replace(SETTINGS, autocast="bf16"), digits)
+    for _ in range(3):
+        trainer.step()
+    assert all(noise.dtype == torch.float32 for noise in seen)
+    assert any(noise.shape[-1] == 16 for noise in seen)
+
+
+def test_another_device_s_random_numbers_are_refused(digits, tmp_path):
+    trainer = Trainer(SETTINGS, digits)
+    trainer.save(tmp_path / "run.safetensors")
+    content = tensors(tmp_path / "run.safetensors")
+    weights = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    content["generator"] = torch.zeros(16, dtype=torch.uint8)  # a CUDA generator's
+    checkpoint.save(tmp_path / "gpu.safetensors", content, checkpoint.load(tmp_path / "run.safetensors")[1])
+    with pytest.raises(ValueError, match="another kind of device than cpu"):
+        trainer.load(tmp_path / "gpu.safetensors")
+    assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())

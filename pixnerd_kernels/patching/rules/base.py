@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pixnerd_kernels.nn.layers import untouched
 from pixnerd_kernels.patching.probe import Candidate
 from pixnerd_kernels.patching.swap import arguments
 
@@ -73,14 +74,13 @@ def norm_weight(module: nn.Module) -> str | None:
     return tensors[0]
 
 
-def observed(norm: nn.Module) -> bool:
-    """Whether calling the norm does more than its formula: hooks, or ComfyUI's functions on the weight."""
+def observed(module: nn.Module) -> bool:
+    """Whether calling the module does more than its formula: hooks, a `forward` of the instance, ComfyUI's functions on
+    the weight; or whether its tensors are elsewhere until it is called."""
     return bool(
-        norm._forward_hooks
-        or norm._forward_pre_hooks
-        or norm._backward_hooks
-        or norm._backward_pre_hooks
-        or getattr(norm, "weight_function", None)
+        not untouched(module)
+        or getattr(module, "weight_function", None)
+        or any(tensor is not None and tensor.is_meta for tensor in module._parameters.values())
     )
 
 
