@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pixnerd_kernels.nn.layers import Linear, RMSNorm, untouched
+from pixnerd_kernels.nn.layers import Linear, RMSNorm, fusable, untouched
 from pixnerd_kernels.ops import (
     DecoderBlockParams,
     DecoderParams,
@@ -33,8 +33,14 @@ class NeuralFieldBlock(nn.Module):
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         """x [N, pixels, D1], hidden [N, D] -> [N, pixels, D1]."""
         params = self.generator(hidden)
+        x = x.to(params.dtype)
+        if not fusable(self.norm):
+            n = self.norm(x)
+            return x + neural_field_mlp_packed(
+                n, params, hidden=self.inner, normalize=self.normalize, residual=False
+            )
         return neural_field_mlp_packed(
-            x.to(params.dtype),
+            x,
             params,
             hidden=self.inner,
             norm_weight=self.norm.weight,
@@ -133,12 +139,11 @@ class PixelDecoder(nn.Module):
         if any(type(block) is not NeuralFieldBlock for block in blocks):
             return False
         layers = [self.embed, self.linear, *(block.generator for block in blocks)]
-        norms = [block.norm for block in blocks]
         return (
             all(type(layer) in (nn.Linear, Linear) for layer in layers)
-            and all(type(norm) is RMSNorm for norm in norms)
+            and all(fusable(block.norm) for block in blocks)  # type: ignore[arg-type]
             and type(self.norm) in (RMSNorm, nn.Identity)
-            and all(untouched(part) for part in (self.norm, *layers, *norms, *blocks))  # type: ignore[arg-type]
+            and all(untouched(part) for part in (self.norm, *layers, *blocks))  # type: ignore[arg-type]
         )
 
     def _part_by_part(self, image: Tensor, hidden: Tensor, decoder_scale: tuple[float, float]) -> Tensor:

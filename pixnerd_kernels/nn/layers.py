@@ -32,6 +32,11 @@ class RMSNorm(nn.Module):
         return modulated_rms_norm(x, self.weight, eps=self.eps)
 
 
+def fusable(norm: nn.Module) -> bool:
+    """Whether an op may compute the norm from its weight: it is an `RMSNorm`, and calling it does nothing else."""
+    return type(norm) is RMSNorm and untouched(norm)
+
+
 class TimestepEmbedding(nn.Module):
     """Diffusion times [B] in [0, 1] to [B, D]: cosines and sines of 128 frequencies, then a two-layer MLP.
 

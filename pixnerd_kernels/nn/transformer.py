@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pixnerd_kernels.nn.layers import Linear, RMSNorm, SwiGLU
+from pixnerd_kernels.nn.layers import Linear, RMSNorm, SwiGLU, fusable
 from pixnerd_kernels.ops import (
     attention,
     gated_residual,
@@ -59,7 +59,13 @@ def _rotary_table(
 
 
 class Attention(nn.Module):
-    """Self-attention with normalised queries and keys, rotated where there is a rotary table."""
+    """Self-attention with normalised queries and keys, rotated where there is a rotary table.
+
+    The op reads the weights of `q_norm` and `k_norm`, which are never called: their hooks do not run.
+
+    Raises:
+        TypeError: one of them was replaced by another kind of norm.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -73,6 +79,9 @@ class Attention(nn.Module):
         return self._attend(x, rotary, None)
 
     def _attend(self, x: Tensor, rotary: Tensor | None, text_kv: Tensor | None) -> Tensor:
+        for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
+            if type(norm) is not RMSNorm:
+                raise TypeError(f"Attention: {name}: expected an RMSNorm, got {type(norm).__name__}")
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, L, 3, heads, d]
         q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, rotary, text_kv, self.q_norm.eps)
         out: Tensor = self.proj(attention(q, k, v).flatten(2))
@@ -104,6 +113,10 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, *context: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        if not (fusable(self.norm1) and fusable(self.norm2)):
+            h = self.attn(self.norm1(x) * (1 + scale1) + shift1, *context)
+            x = gated_residual(x, h, gate1)
+            return gated_residual(x, self.mlp(self.norm2(x) * (1 + scale2) + shift2), gate2)
         h = modulated_rms_norm(x, self.norm1.weight, shift1, scale1, self.norm1.eps)
         h = self.attn(h, *context)
         x, h = gated_residual_rms_norm(x, h, gate1, self.norm2.weight, shift2, scale2, self.norm2.eps)

@@ -90,7 +90,14 @@ def hooked_block(head):
     head.blocks[0].register_forward_hook(lambda module, args, out: 2 * out)
 
 
-@pytest.mark.parametrize("change", [replaced_norm, adapted_generator, forward_of_its_own, hooked_block])
+def hooked_norm_of_a_block(head):
+    head.blocks[0].norm.register_forward_hook(lambda module, args, out: out.flip(-1))
+
+
+CHANGES = [replaced_norm, adapted_generator, forward_of_its_own, hooked_block, hooked_norm_of_a_block]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_is_put_in_is_called(fused, change):
     """Against the parts called by hand, with gradients for what was added."""
     head = made()
