@@ -44,9 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     origin = provenance.collect(sys.argv[1:])
-    print(provenance.summary(origin), flush=True)
-    if busy := provenance.busy(origin):
-        print(f"warning: {busy}", flush=True)
+    provenance.announce(origin)
     results = []
     for head in arguments.head:
         results += measure(head, *HEADS[head], rows, arguments.rounds)

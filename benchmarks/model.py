@@ -167,9 +167,7 @@ def _place(arguments: argparse.Namespace) -> tuple[str, torch.dtype]:
 
 def _run(arguments: argparse.Namespace, config: PixNerdConfig) -> int:
     origin = provenance.collect(sys.argv[1:])
-    print(provenance.summary(origin), flush=True)
-    if busy := provenance.busy(origin):
-        print(f"warning: {busy}", flush=True)
+    provenance.announce(origin)
     names = arguments.provider
     setting = Setting(config, arguments.size, arguments.batch)
     result: dict[str, Any] = {

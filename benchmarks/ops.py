@@ -98,9 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         "results": [],
     }
     kept = _kept(arguments, document["provenance"])
-    print(provenance.summary(document["provenance"]), flush=True)
-    if busy := provenance.busy(document["provenance"]):
-        print(f"warning: {busy}", flush=True)
+    provenance.announce(document["provenance"])
     with measuring(document, f" of {len(jobs)}"):
         for index, job in enumerate(jobs, 1):
             print(f"[{index}/{len(jobs)}] {job.case}, malloc {job.malloc}", file=sys.stderr, flush=True)

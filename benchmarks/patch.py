@@ -56,9 +56,7 @@ def official(width: int, blocks: int, field_blocks: int) -> nn.Module:
 def run(arguments: argparse.Namespace) -> int:
     """Measure: 0 is success, 1 results that differ."""
     origin = provenance.collect(sys.argv[1:])
-    print(provenance.summary(origin), flush=True)
-    if busy := provenance.busy(origin):
-        print(f"warning: {busy}", flush=True)
+    provenance.announce(origin)
     before = official(arguments.width, arguments.blocks, arguments.field_blocks)
     models = {name: before if name == "before" else copy.deepcopy(before) for name in VARIANTS}
     for name, ops in VARIANTS.items():

@@ -48,9 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"error: {'; '.join(missing) or 'the compiled core is missing'}", file=sys.stderr)
         return 2
     origin = provenance.collect(sys.argv[1:])
-    print(provenance.summary(origin), flush=True)
-    if busy := provenance.busy(origin):
-        print(f"warning: {busy}", flush=True)
+    provenance.announce(origin)
     results = []
     for layer, (outputs, inputs) in layers(arguments.config).items():
         for step, calls in products(arguments.rows, outputs, inputs).items():

@@ -70,6 +70,13 @@ def summary(provenance: dict[str, Any]) -> str:
     )
 
 
+def announce(provenance: dict[str, Any]) -> None:
+    """Print where a run is measured, and the warning where other work runs."""
+    print(summary(provenance), flush=True)
+    if warning := busy(provenance):
+        print(f"warning: {warning}", flush=True)
+
+
 def busy(provenance: dict[str, Any]) -> str:
     """A warning when other work takes more than a quarter of the cores, and an empty string otherwise.
 

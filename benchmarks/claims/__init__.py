@@ -112,9 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     kind = "-smoke" if arguments.smoke else "-quick" if arguments.quick else ""
     path = arguments.json or arguments.out / f"claims{kind}.json"
     document = _document(path, arguments, device)
-    print(provenance.summary(document["provenance"]), flush=True)
-    if busy := provenance.busy(document["provenance"]):
-        print(f"warning: {busy}", flush=True)
+    provenance.announce(document["provenance"])
     planned = [_job(name, providers, device, arguments) for name in names]
     kept = {(r["case"], r["job"]) for r in document["results"] if r["status"] == "ok"}
     todo = [job for job in planned if (job.name, job.to_json()) not in kept]

@@ -212,7 +212,7 @@ def chunk_size(patches: int, patch_bytes: int, workspace: int, at_once: int = 1)
 
     Measured, the products of a chunk of n patches take as long as n + c patches would, whatever n: they read the
     generators' own weights once. On the CPU of benchmarks/results/cpu-chunks (`python -m benchmarks chunks`) c is 24 to
-    25 for a forward and 28 (XL/16's head) to 41 (Radiance's) for a training step, and the fit is off by 4% at most. So
+    25 for a forward and 25 (XL/16's head) to 28 (Radiance's) for a training step, and the fit is off by 4% at most. So
     the fewest chunks are the fastest, shared out evenly. Where `at_once` patches run side by side, chunks hold a
     multiple of them: the last few would take as long as a full round.
     """
