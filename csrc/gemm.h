@@ -173,21 +173,19 @@ PIXNERD_INLINE void for_row(Panels<T> m, int r, int columns, Function&& function
 
 // Store a vector of results as columns c ... of a row; only those below `columns` are written.
 template <class T, class Storage>
-PIXNERD_INLINE void store_columns(Storage, typename Storage::Stored* row, int c, int columns, Vec<T> v) {
+PIXNERD_INLINE void store_columns(Storage storage, typename Storage::Stored* row, int c, int columns, Vec<T> v) {
   if (c + kLanes<T> <= columns) {
     Storage::store_vector(row + c, v);
-  } else {
-    for (int i = 0; c + i < columns; ++i) Storage::put(row + c + i, v[i]);
+  } else if (c < columns) {
+    store_first<T>(storage, row + c, columns - c, v);
   }
 }
 
 // Load columns c ... of a row; columns at and past `columns` are zero.
 template <class T, class Storage>
-PIXNERD_INLINE Vec<T> load_columns(Storage, const typename Storage::Stored* row, int c, int columns) {
+PIXNERD_INLINE Vec<T> load_columns(Storage storage, const typename Storage::Stored* row, int c, int columns) {
   if (c + kLanes<T> <= columns) return Storage::load_vector(row + c);
-  Vec<T> v{};
-  for (int i = 0; c + i < columns; ++i) v[i] = Storage::get(row + c + i);
-  return v;
+  return c < columns ? load_first<T>(storage, row + c, columns - c) : Vec<T>{};
 }
 
 // Alternate the lanes of a and b: the lower halves, or with Upper the upper halves.

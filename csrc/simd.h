@@ -239,6 +239,46 @@ struct Float16 {
   PIXNERD_INLINE static void put(Stored* p, float v) { *p = float_to_float16(v); }
 };
 
+// The first `count` elements of a vector, fewer than all: what lies behind them is neither read nor written. Those of
+// a loaded vector are zero.
+template <class T, class Storage>
+PIXNERD_INLINE Vec<T> load_first(Storage, const typename Storage::Stored* p, int count) {
+#if defined(PIXNERD_ISA_AVX512)
+  const auto mask = (1u << count) - 1;
+  if constexpr (sizeof(*p) == 8) {
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+  } else if constexpr (sizeof(*p) == 4) {
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+  } else {
+    alignas(32) typename Storage::Stored whole[16];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(whole), _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
+    return Storage::load_vector(whole);
+  }
+#else
+  Vec<T> v{};
+  for (int i = 0; i < count; ++i) v[i] = Storage::get(p + i);
+  return v;
+#endif
+}
+template <class T, class Storage>
+PIXNERD_INLINE void store_first(Storage, typename Storage::Stored* p, int count, Vec<T> v) {
+#if defined(PIXNERD_ISA_AVX512)
+  const auto mask = (1u << count) - 1;
+  if constexpr (sizeof(*p) == 8) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v));
+  } else if constexpr (sizeof(*p) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v));
+  } else {
+    alignas(32) typename Storage::Stored whole[16];
+    Storage::store_vector(whole, v);
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask),
+                             _mm256_load_si256(reinterpret_cast<const __m256i*>(whole)));
+  }
+#else
+  for (int i = 0; i < count; ++i) Storage::put(p + i, v[i]);
+#endif
+}
+
 // Call function(Storage{}) for the storage that dtype names; T is the type computed in.
 template <class T, class Function>
 PIXNERD_INLINE void with_storage(DType dtype, Function&& function) {
