@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
     def _attend(self, x: Tensor, rotary: Tensor | None, text_kv: Tensor | None) -> Tensor:
         for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
-            if type(norm) is not RMSNorm:
+            if not isinstance(norm, RMSNorm):
                 raise TypeError(f"Attention: {name}: expected an RMSNorm, got {type(norm).__name__}")
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, L, 3, heads, d]
         q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, rotary, text_kv, self.q_norm.eps)

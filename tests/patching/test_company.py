@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import pixnerd_kernels as pk
+from pixnerd_kernels.models import PixNerd, PixNerdConfig
 
 
 def test_hooks_run():
@@ -358,3 +359,14 @@ def test_the_default_device_is_not_the_probe_s():
     module = block()
     with torch.device("meta"):
         assert the_field(pk.patch(module)).status == "replaced"
+
+
+def test_the_library_s_own_model_computes_the_same_when_patched():
+    """There is little to gain; but a subclass of its norms is still one of them."""
+    torch.manual_seed(0)
+    model = PixNerd(PixNerdConfig(32, 2, 1, 1, 8, 2, patch_size=4, in_channels=1, num_classes=3, max_freqs=3))
+    nn.init.normal_(model.decoder.linear.weight)
+    given = (torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 1]))
+    expected = model(*given)
+    assert pk.patch(model).replaced
+    torch.testing.assert_close(model(*given), expected, rtol=1e-4, atol=1e-5)
