@@ -58,11 +58,12 @@ def train(
             start = time.perf_counter()
             bar.set_postfix(loss=f"{smooth:.4f}", images_per_s=f"{speed:.0f}", refresh=False)
             done = trainer.steps_done
-            if sample_every and done % sample_every == 0 and done < total:
-                _draw(trainer, folder, sample_steps, guidance)
+            # First saved, then drawn: a picture that cannot be written costs no steps.
             if save_every and done % save_every == 0:
                 _save(trainer, folder)
                 saved = done
+            if sample_every and done % sample_every == 0 and done < total:
+                _draw(trainer, folder, sample_steps, guidance)
 
         if saved != trainer.steps_done:
             _save(trainer, folder)

@@ -72,6 +72,20 @@ def test_second_derivatives(onednn):
     torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-2)
 
 
+def test_transforms(onednn):
+    """torch.func's and forward-mode gradients go to torch's own layer."""
+    x, weight = torch.randn(300, 96), torch.randn(160, 96)
+    grad = torch.func.grad(lambda w: linear(x, w).square().sum())(weight)
+    torch.testing.assert_close(grad, torch.func.grad(lambda w: F.linear(x, w).square().sum())(weight))
+    each = torch.func.vmap(lambda row: linear(row, weight))(x[:, None].expand(-1, 300, -1)[:2])
+    torch.testing.assert_close(each, F.linear(x[:2, None].expand(-1, 300, -1), weight))
+    _, along = torch.func.jvp(lambda w: linear(x, w), (weight,), (weight,))
+    torch.testing.assert_close(along, F.linear(x, weight))
+    assert not onednn
+    linear(x, weight)
+    assert onednn
+
+
 def test_opcheck_and_compile():
     leaves = tuple(t.requires_grad_() for t in LARGE.inputs().values())
     torch.library.opcheck(torch.ops.pixnerd.linear.default, (leaves[0].flatten(0, 1), *leaves[1:]))

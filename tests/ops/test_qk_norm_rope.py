@@ -119,3 +119,10 @@ WRONG = [
 def test_errors(arguments, kind, message):
     with pytest.raises(kind, match=message):
         qk_norm_rope(*arguments)
+
+
+def test_the_core_reads_no_table_for_odd_heads(core):
+    """The public function refuses it; exported programs and graph passes call the op itself."""
+    qkv, weight, rope = torch.randn(1, 4, 3, 2, 5), torch.ones(5), torch.randn(4, 2, 2)
+    with pytest.raises(ValueError, match="heads of 5 channels, which are no pairs"):
+        torch.ops.pixnerd.qk_norm_rope(qkv, weight, weight, rope, None, 1e-6, "cpu")

@@ -210,3 +210,15 @@ def test_another_device_s_random_numbers_are_refused(digits, tmp_path):
     with pytest.raises(ValueError, match="another kind of device than cpu"):
         trainer.load(tmp_path / "gpu.safetensors")
     assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_steps(digits, tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pixnerd_kernels.training.loop._draw", fails)
+    with pytest.raises(OSError, match="no space left"):
+        train(Trainer(SETTINGS, digits), tmp_path, save_every=4, sample_every=4, sample_steps=2, quiet=True)
+    trainer = Trainer(SETTINGS, digits)
+    trainer.load(tmp_path / "checkpoint.safetensors")
+    assert trainer.steps_done == 4

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pixnerd_kernels import backends
 from pixnerd_kernels.ops.library import register, register_autograd
@@ -42,6 +43,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
+        return False
+    # The op's gradient is for plain backward passes only; torch's own layer has all transforms.
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
         return False
     if torch.is_autocast_enabled("cpu") or backends.forced_backend() == "reference" or not _ONEDNN:
         return False

@@ -48,6 +48,8 @@ def _call(
     for name, tensor, shape in expected:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name}: expected {list(shape)}, got {describe(tensor)}")
+    if rope is not None and channels % 2:
+        raise ValueError(f"rope: expected none for heads of {channels} channels, which are no pairs")
     if text_kv is not None and text_kv.dtype != qkv.dtype:
         raise ValueError(f"text_kv: expected {qkv.dtype}, got {describe(text_kv)}")
     wide = compute_dtype(qkv.dtype)
