@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks import provenance
-from benchmarks.files import save
+from benchmarks.files import publish
 from benchmarks.timing import Budget, interleave
 from pixnerd_kernels import backends
 from pixnerd_kernels.ops.pixel_decoder import cpu
@@ -49,25 +49,21 @@ def run(arguments: argparse.Namespace) -> int:
     for head in arguments.head:
         results += measure(head, *HEADS[head], rows, arguments.rounds)
     document = {"schema": 1, "kind": "chunks", "provenance": origin, "results": results}
-    print(text := markdown(document))
-    if arguments.out:
-        save(arguments.out / "chunks.json", document)
-        save(arguments.out / "chunks.md", text)
+    publish(document, markdown(document), arguments.out, "chunks")
     return 0
 
 
 def measure(head: str, states: int, generated: int, rows: list[int], rounds: int) -> list[dict[str, Any]]:
     """For each product of one block: seconds of every chunk, and the fit. The last entry is a training step's sum."""
     weight = torch.randn(generated, states)
-    tasks: dict[tuple[str, int], Callable[[], object]] = {}
+    tasks: dict[str, Callable[[], object]] = {}
     total = torch.zeros(generated, states)
     for n in rows:
         hidden, made, d_hidden = torch.randn(n, states), torch.randn(n, generated), torch.empty(n, states)
-        tasks["generate", n] = lambda h=hidden, m=made: cpu.generate(h, weight, None, m)
-        tasks["weight_gradient", n] = lambda h=hidden, m=made: cpu.weight_gradient(total, m, h, True)
-        tasks["hidden_gradient", n] = lambda d=d_hidden, m=made: cpu.hidden_gradient(d, m, weight, False)
-    named = {f"{product} {n}": task for (product, n), task in tasks.items()}
-    samples = interleave(named, Budget(seconds=0, least=rounds, most=rounds, warm_up=0))
+        tasks[f"generate {n}"] = lambda h=hidden, m=made: cpu.generate(h, weight, None, m)
+        tasks[f"weight_gradient {n}"] = lambda h=hidden, m=made: cpu.weight_gradient(total, m, h, True)
+        tasks[f"hidden_gradient {n}"] = lambda d=d_hidden, m=made: cpu.hidden_gradient(d, m, weight, False)
+    samples = interleave(tasks, Budget(seconds=0, least=rounds, most=rounds, warm_up=0))
     seconds = {name: [samples[f"{name} {n}"].median for n in rows] for name in TRAINING}
     seconds["a training step's chunk"] = np.sum(
         [count * np.array(seconds[name]) for name, count in TRAINING.items()], axis=0

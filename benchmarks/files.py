@@ -36,6 +36,14 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
     return document
 
 
+def publish(document: dict[str, Any], text: str, folder: Path | None, name: str) -> None:
+    """Print a finished run's table; where there is a folder, write both there, as NAME.json and NAME.md."""
+    print(text)
+    if folder:
+        save(folder / f"{name}.json", document)
+        save(folder / f"{name}.md", text)
+
+
 @contextmanager
 def measuring(document: dict[str, Any], advice: str = "") -> Iterator[None]:
     """While a run fills a document, and where it is interrupted or killed, what is saved of it says "interrupted".

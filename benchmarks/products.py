@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import provenance
-from benchmarks.files import save
+from benchmarks.files import publish
 from benchmarks.timing import Budget, interleave, multiply_adds
 from pixnerd_kernels.models import CONFIGS
 from pixnerd_kernels.ops.linear import onednn_reasons
@@ -64,10 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             shape = {"rows": arguments.rows, "outputs": outputs, "inputs": inputs}
             results.append({"layer": layer, "pass": step, **shape, "flops_per_s": speeds, "limit": limit})
     document = {"schema": 1, "kind": "products", "provenance": origin, "results": results}
-    print(text := markdown(document))
-    if arguments.out:
-        save(arguments.out / "products.json", document)
-        save(arguments.out / "products.md", text)
+    publish(document, markdown(document), arguments.out, "products")
     return 0
 
 

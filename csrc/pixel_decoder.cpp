@@ -91,7 +91,7 @@ Panels<T> dense_panels(const void* source, int rows, int columns, Arena<T>& aren
 // The first element of matrix `index` of a block, for the run's first patch.
 template <class T, class G>
 auto matrix(const PixelDecoder& d, const G& generated, int block, int index) {
-  const std::int64_t item = sizeof(T) == 8 ? 8 : d.dtype == DType::kFloat32 ? 4 : 2;
+  const std::int64_t item = bytes_of(d.dtype);
   const std::int64_t size = static_cast<std::int64_t>(d.channels) * d.hidden;
   using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(generated.data)>>, const char, char>;
   return static_cast<Byte*>(generated.data) + (block * generated.block_stride + index * size) * item;
