@@ -4,51 +4,69 @@
 #include "parallel.h"
 #include "scratch.h"
 
-// Both operands are packed into panels whose rows are the summed index. The one along the shorter side of C is packed
-// whole and shared; a worker takes one panel of the other at a time, packs it for itself and finishes its stripe of
-// C. Meanwhile the panel that it will probably take next comes from memory, and each block of C before it is needed:
-// the units that multiply never wait for either.
+// One operand is cut into panels, packed so that a row of a panel is two vectors, the other into strips, whose
+// elements are broadcast. Where the summed index of the latter is contiguous it is read in place: of two such
+// operands the longer one, so that what is packed is the shorter. A block of C is then a strip's rows by a panel's
+// columns, or those of C^T, which is transposed on its way out.
+//
+// The operand along the longer side of C is divided among the workers (`own`), the other one is prepared whole
+// (`shared`). While a worker multiplies, what it will probably take next comes from memory, and each block of C
+// before it is written: the units that multiply never wait for either.
 namespace pixnerd::PIXNERD_ISA {
 namespace {
 
-// Depth of one pass over C: a panel of it (kPanel columns) fills a part of the second-level cache.
+// Depth of one pass over C: a panel of it fills a part of the second-level cache.
 constexpr std::int64_t kDepth = 1536;
-// Depth of the products between two cache lines of the next panel: with 256 rows of the other operand all of it
-// comes.
-constexpr int kStep = 16;
+// Depth of the products between two prefetches of the next piece.
+constexpr int kStep = 32;
 constexpr int kCacheLine = 64;
+// Strips are handled by units: whole blocks and whole vectors of every type.
+constexpr int kStrips = 4;
+constexpr int kUnit = kStrips * kRows;
+static_assert(kUnit % kLanes<float> == 0);
 
-// Rows first ... of op(M)^T: element (k, j) of the packed panel is M[k, first + j].
-template <class T>
-struct Source {
-  Operand m;  // as [depth, width]
-  std::int64_t width;
+// Indices of one pass.
+struct Pass {
+  std::int64_t first;
+  int depth;
 };
 
-// Columns first ... first + kPanel of rows k0 ... k0 + depth into one panel; columns past the width are zero.
+// One operand as [depth, width].
 template <class T>
-void pack_panel(const Source<T>& s, std::int64_t k0, int depth, std::int64_t first, T* panel) {
+struct Source {
+  Operand m;
+  std::int64_t width;
+
+  // Whether each of its columns is contiguous.
+  bool deep() const { return m.row_stride == 1; }
+  std::int64_t offset(const Pass& pass, std::int64_t column) const {
+    return pass.first * m.row_stride + column * m.column_stride;
+  }
+};
+
+// Columns first ... first + kPanel of a pass into one panel; columns past the width are zero.
+template <class T>
+void pack_panel(const Source<T>& s, const Pass& pass, std::int64_t first, T* panel) {
   constexpr int n = kLanes<T>;
   const std::int64_t rest = s.width - first;
   const int columns = rest < kPanel<T> ? static_cast<int>(rest) : kPanel<T>;
   with_storage<T>(s.m.dtype, [&](auto storage) {
-    using Stored = typename decltype(storage)::Stored;
-    const Stored* base = static_cast<const Stored*>(s.m.data) + k0 * s.m.row_stride + first * s.m.column_stride;
-    if (s.m.column_stride == 1) {
-      for (int k = 0; k < depth; ++k) {
-        const Stored* row = base + k * s.m.row_stride;
+    const auto* base = static_cast<const typename decltype(storage)::Stored*>(s.m.data) + s.offset(pass, first);
+    if (!s.deep()) {
+      for (int k = 0; k < pass.depth; ++k) {
+        const auto* row = base + k * s.m.row_stride;
         for (int c = 0; c < kPanel<T>; c += n) {
-          store<T>(panel + k * kPanel<T> + c, c < columns ? load_columns<T>(storage, row, c, columns) : Vec<T>{});
+          store<T>(panel + k * kPanel<T> + c, load_columns<T>(storage, row, c, columns));
         }
       }
       return;
     }
     for (int c = 0; c < kPanel<T>; c += n) {
-      for (int k = 0; k < depth; k += n) {
+      for (int k = 0; k < pass.depth; k += n) {
         Vec<T> tile[n];
         for (int i = 0; i < n; ++i) {
-          tile[i] =
-              c + i < columns ? load_columns<T>(storage, base + (c + i) * s.m.column_stride, k, depth) : Vec<T>{};
+          tile[i] = c + i < columns ? load_columns<T>(storage, base + (c + i) * s.m.column_stride, k, pass.depth)
+                                    : Vec<T>{};
         }
         transpose_tile<T>(tile);
         for (int i = 0; i < n; ++i) store<T>(panel + (k + i) * kPanel<T> + c, tile[i]);
@@ -57,144 +75,264 @@ void pack_panel(const Source<T>& s, std::int64_t k0, int depth, std::int64_t fir
   });
 }
 
-// What `pack_panel` with the same arguments will read, brought near one cache line after the other. Nothing past the
-// source's width is.
-class Ahead {
- public:
-  template <class T>
-  Ahead(const Source<T>& s, std::int64_t k0, int depth, std::int64_t first) {
-    const std::int64_t rest = s.width - first, columns = rest < kPanel<T> ? rest : kPanel<T>;
-    if (columns <= 0) return;
-    const int size = bytes_of(s.m.dtype);
-    const bool rows = s.m.column_stride == 1;
-    left_ = rows ? depth : columns;
-    run_ = (rows ? columns : depth) * size;
-    step_ = (rows ? s.m.row_stride : s.m.column_stride) * size;
-    line_ = static_cast<const char*>(s.m.data) + (k0 * s.m.row_stride + first * s.m.column_stride) * size;
-    end_ = line_ + run_;
-  }
-
-  PIXNERD_INLINE void next() {
-    if (left_ == 0) return;
-    __builtin_prefetch(line_, 0, 2);
-    line_ += kCacheLine;
-    if (line_ >= end_) {
-      end_ += step_;
-      line_ = end_ - run_;
-      --left_;
-    }
-  }
-
- private:
-  // Runs of neighbours: how many are left, bytes of each, and from the start of one to the next's.
-  std::int64_t left_ = 0, run_ = 0, step_ = 0;
-  const char *line_ = nullptr, *end_ = nullptr;
+// A unit of strips: element (k, i) of strip s is at data[s * strip + i * row + k] of a deep source, else at
+// data[s * strip + k * kRows + i].
+template <class T>
+struct Unit {
+  const T* data;
+  std::ptrdiff_t strip, row;
 };
 
-struct Target {
-  const Product& p;
-  bool add;  // to what C holds
-  bool biased;
-};
-
-// Bring the lines of C near that a block will write.
-template <class T, int Rows>
-PIXNERD_INLINE void prefetch_block(const Target& t, std::int64_t r, std::int64_t c) {
-  const int size = bytes_of(t.p.dtype);
-  const char* row = static_cast<const char*>(t.p.c) + (r * t.p.row_stride + c) * size;
-  for (int i = 0; i < Rows && r + i < t.p.rows; ++i, row += t.p.row_stride * size) {
-    for (int byte = 0; byte < kPanel<T> * size; byte += kCacheLine) __builtin_prefetch(row + byte, 1, 3);
-  }
+// Whether columns first ... first + kUnit can be read where they lie.
+template <class T>
+bool in_place(const Source<T>& s, std::int64_t first) {
+  return s.deep() && bytes_of(s.m.dtype) == static_cast<int>(sizeof(T)) && first + kUnit <= s.width;
 }
 
-// One block of C: rows r ..., columns c ... .
-template <class T, int Rows>
-PIXNERD_INLINE void finish_block(const Target& t, std::int64_t r, std::int64_t c, const T* a, const T* b, int depth,
-                                 Ahead& ahead) {
-  prefetch_block<T, Rows>(t, r, c);
-  Block<T, Rows, 2> acc;
-  for (int k = 0; k < depth; k += kStep) {
-    ahead.next();
-    accumulate_columns(acc, a + k * kPanel<T>, b + k * kPanel<T>, at_most(kStep, depth - k));
-  }
-  const std::int64_t rest = t.p.columns - c;
-  const int columns = rest < kPanel<T> ? static_cast<int>(rest) : kPanel<T>;
-  const int rows = t.p.rows - r < Rows ? static_cast<int>(t.p.rows - r) : Rows;
-  if (t.biased) {
-    with_storage<T>(t.p.b.dtype, [&](auto storage) {
-      const auto* bias = static_cast<const typename decltype(storage)::Stored*>(t.p.bias) + c;
-      for (int j = 0; j * kLanes<T> < columns; ++j) {
-        const Vec<T> v = load_columns<T>(storage, bias, j * kLanes<T>, columns);
-        for (int i = 0; i < Rows; ++i) acc.v[i][j] += v;
+// Those columns in `space` [kUnit, depth rounded up to vectors]; columns past the width are zero.
+template <class T>
+void pack_unit(const Source<T>& s, const Pass& pass, std::int64_t first, T* space, std::int64_t space_depth) {
+  constexpr int n = kLanes<T>;
+  const std::int64_t rest = s.width - first;
+  const int columns = rest < kUnit ? static_cast<int>(rest) : kUnit;
+  with_storage<T>(s.m.dtype, [&](auto storage) {
+    const auto* base = static_cast<const typename decltype(storage)::Stored*>(s.m.data) + s.offset(pass, first);
+    if (s.deep()) {
+      for (int i = 0; i < kUnit; ++i) {
+        const auto* column = base + (i < columns ? i : 0) * s.m.column_stride;
+        for (int k = 0; k < pass.depth; k += n) {
+          const Vec<T> v = i < columns ? load_columns<T>(storage, column, k, pass.depth) : Vec<T>{};
+          store<T>(space + i * space_depth + k, v);
+        }
       }
-    });
-  }
-  with_storage<T>(t.p.dtype, [&](auto storage) {
-    auto* out = static_cast<typename decltype(storage)::Stored*>(t.p.c) + r * t.p.row_stride + c;
-    for (int i = 0; i < rows; ++i, out += t.p.row_stride) {
-      for (int j = 0; j * kLanes<T> < columns; ++j) {
-        Vec<T> v = acc.v[i][j];
-        if (t.add) v += load_columns<T>(storage, out, j * kLanes<T>, columns);
-        store_columns<T>(storage, out, j * kLanes<T>, columns, v);
+      return;
+    }
+    for (int k = 0; k < pass.depth; ++k) {
+      const auto* row = base + k * s.m.row_stride;
+      T values[kUnit];
+      for (int c = 0; c < kUnit; c += n) store<T>(values + c, load_columns<T>(storage, row, c, columns));
+      for (int strip = 0; strip < kStrips; ++strip) {
+        T* to = space + (strip * space_depth + k) * kRows;
+        for (int i = 0; i < kRows; ++i) to[i] = values[strip * kRows + i];
       }
     }
   });
 }
 
-// A panel of rows by a panel of columns.
 template <class T>
-void finish_panel(const Target& t, std::int64_t row, std::int64_t column, const T* a, const T* b, int depth,
-                  Ahead& ahead) {
-  constexpr int kRest = kPanel<T> % kRows;
-  int r = 0;
-  for (; r + kRows <= kPanel<T> && row + r < t.p.rows; r += kRows) {
-    finish_block<T, kRows>(t, row + r, column, a + r, b, depth, ahead);
+Unit<T> unit_at(const Source<T>& s, const Pass& pass, std::int64_t first, const T* space, std::int64_t space_depth) {
+  if (!in_place(s, first)) return {space, kRows * space_depth, space_depth};
+  const T* data = static_cast<const T*>(s.m.data) + s.offset(pass, first);
+  return {data, kRows * s.m.column_stride, s.m.column_stride};
+}
+
+// What will be read of some columns of a source, brought near by a few cache lines at a time, in `steps` of them.
+// Nothing past the source's width is.
+class Ahead {
+ public:
+  template <class T>
+  Ahead(const Source<T>& s, const Pass& pass, std::int64_t first, int count, std::int64_t steps) {
+    const std::int64_t rest = s.width - first, columns = rest < count ? rest : count;
+    if (columns <= 0) return;
+    const int size = bytes_of(s.m.dtype);
+    left_ = s.deep() ? columns : pass.depth;
+    run_ = (s.deep() ? pass.depth : columns) * size;
+    step_ = (s.deep() ? s.m.column_stride : s.m.row_stride) * size;
+    line_ = static_cast<const char*>(s.m.data) + s.offset(pass, first) * size;
+    end_ = line_ + run_;
+    const std::int64_t lines = left_ * ((run_ + kCacheLine - 1) / kCacheLine);
+    at_once_ = (lines + steps - 1) / steps;
   }
-  if constexpr (kRest != 0) {
-    if (row + r < t.p.rows) finish_block<T, kRest>(t, row + r, column, a + r, b, depth, ahead);
+
+  PIXNERD_INLINE void next() {
+    for (std::int64_t i = 0; i < at_once_ && left_ > 0; ++i) {
+      __builtin_prefetch(line_, 0, 2);
+      line_ += kCacheLine;
+      if (line_ >= end_) {
+        end_ += step_;
+        line_ = end_ - run_;
+        --left_;
+      }
+    }
   }
+
+ private:
+  // Runs of neighbours: how many are left, bytes of each, and from the start of one to the next's.
+  std::int64_t left_ = 0, run_ = 0, step_ = 0, at_once_ = 0;
+  const char *line_ = nullptr, *end_ = nullptr;
+};
+
+template <class T>
+struct Target {
+  const Product& p;
+  const T* bias;  // null for none
+  bool add;       // to what C holds
+  bool flipped;   // strips are C's columns, panels its rows
+
+  // Bring the lines of some rows near that will be written.
+  PIXNERD_INLINE void prefetch(std::int64_t r, int rows, std::int64_t c, int columns) const {
+    const int size = bytes_of(p.dtype);
+    const char* row = static_cast<const char*>(p.c) + (r * p.row_stride + c) * size;
+    for (int i = 0; i < rows && r + i < p.rows; ++i, row += p.row_stride * size) {
+      for (int byte = 0; byte < columns * size; byte += kCacheLine) __builtin_prefetch(row + byte, 1, 3);
+    }
+  }
+
+  // `count` vectors of row r, from column c.
+  template <class Storage>
+  PIXNERD_INLINE void put(Storage storage, std::int64_t r, std::int64_t c, const Vec<T>* values, int count) const {
+    const std::int64_t rest = p.columns - c;
+    const int columns = rest < count * kLanes<T> ? static_cast<int>(rest) : count * kLanes<T>;
+    auto* out = static_cast<typename Storage::Stored*>(p.c) + r * p.row_stride + c;
+    for (int j = 0; j < count && j * kLanes<T> < columns; ++j) {
+      Vec<T> v = values[j];
+      if (bias) v += load_columns<T>(Native<T>{}, bias + c, j * kLanes<T>, columns);
+      if (add) v += load_columns<T>(storage, out, j * kLanes<T>, columns);
+      store_columns<T>(storage, out, j * kLanes<T>, columns, v);
+    }
+  }
+};
+
+// acc += the products of a strip and a panel at one of their summed indices.
+template <bool Deep, int Vectors, class T>
+PIXNERD_INLINE void accumulate(Block<T, kRows, Vectors>& acc, const T* strip, std::ptrdiff_t row, const T* panel,
+                               std::ptrdiff_t k) {
+  Vec<T> right[Vectors];
+  for (int j = 0; j < Vectors; ++j) right[j] = load<T>(panel + k * kPanel<T> + j * kLanes<T>);
+  for (int i = 0; i < kRows; ++i) {
+    const Vec<T> left = broadcast(Deep ? strip[i * row + k] : strip[k * kRows + i]);
+    for (int j = 0; j < Vectors; ++j) acc.v[i][j] += left * right[j];
+  }
+}
+
+// The blocks of a unit, from column `s` of the strips' operand on, and the first vectors of a panel, from column `p`
+// of the panels'.
+template <bool Deep, int Vectors, class T>
+void finish_vectors(const Target<T>& t, std::int64_t s, const Unit<T>& unit, std::int64_t p, const T* panel,
+                    int depth, Ahead& ahead) {
+  constexpr int n = kLanes<T>, kQuarter = kPanel<T> / kStrips;
+  const std::int64_t width = (t.flipped ? t.p.columns : t.p.rows) - s;
+  Vec<T> turned[Vectors][kUnit];
+  for (int i = 0; i < kStrips && (t.flipped || i * kRows < width); ++i) {
+    if (t.flipped) {
+      t.prefetch(p + i * kQuarter, kQuarter, s, kUnit);
+    } else {
+      t.prefetch(s + i * kRows, kRows, p, kPanel<T>);
+    }
+    Block<T, kRows, Vectors> acc;
+    const T* strip = unit.data + i * unit.strip;
+    int k = 0;
+    for (; k + kStep <= depth; k += kStep) {
+      ahead.next();
+      for (int step = 0; step < kStep; ++step) accumulate<Deep>(acc, strip, unit.row, panel, k + step);
+    }
+    for (; k < depth; ++k) accumulate<Deep>(acc, strip, unit.row, panel, k);
+    if (t.flipped) {
+      for (int r = 0; r < kRows; ++r) {
+        for (int j = 0; j < Vectors; ++j) turned[j][i * kRows + r] = acc.v[r][j];
+      }
+    } else {
+      with_storage<T>(t.p.dtype, [&](auto storage) {
+        for (int r = 0; r < kRows && i * kRows + r < width; ++r) {
+          t.put(storage, s + i * kRows + r, p, acc.v[r], Vectors);
+        }
+      });
+    }
+  }
+  if (!t.flipped) return;
+  with_storage<T>(t.p.dtype, [&](auto storage) {
+    for (int c = 0; c < kUnit && c < width; c += n) {
+      for (int j = 0; j < Vectors; ++j) {
+        Vec<T> tile[n];
+        for (int i = 0; i < n; ++i) tile[i] = turned[j][c + i];
+        transpose_tile<T>(tile);
+        for (int i = 0; i < n && p + j * n + i < t.p.rows; ++i) t.put(storage, p + j * n + i, s + c, tile + i, 1);
+      }
+    }
+  });
+}
+
+// All of a panel, of which the half without columns is left out.
+template <bool Deep, class T>
+void finish(const Target<T>& t, std::int64_t s, const Unit<T>& unit, std::int64_t p, const T* panel, int depth,
+            Ahead& ahead) {
+  if ((t.flipped ? t.p.rows : t.p.columns) - p > kLanes<T>) {
+    finish_vectors<Deep, 2>(t, s, unit, p, panel, depth, ahead);
+  } else {
+    finish_vectors<Deep, 1>(t, s, unit, p, panel, depth, ahead);
+  }
+}
+
+template <bool Deep, class T>
+void run(const Product& p, const Source<T>& strips, const Source<T>& panels, bool flipped, const T* bias) {
+  const bool own_strips = flipped == (p.columns >= p.rows);
+  const bool computed = p.dtype == DType::kFloat64 || p.dtype == DType::kFloat32;
+  const std::int64_t passes = computed && p.depth > kDepth ? (p.depth + kDepth - 1) / kDepth : 1;
+  const std::int64_t step = (p.depth + passes - 1) / passes;
+  const std::int64_t space_depth = (step + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  const std::int64_t units = (strips.width + kUnit - 1) / kUnit, unit_size = space_depth * kUnit;
+  const std::int64_t columns = (panels.width + kPanel<T> - 1) / kPanel<T>, panel_size = space_depth * kPanel<T>;
+  const int workers = workers_for(own_strips ? units : columns, p.threads);
+  const Scratch panel_memory(static_cast<std::size_t>(panel_size) * sizeof(T),
+                             own_strips ? static_cast<int>(columns) : workers);
+  // The last unit, if it is not whole, is the only one that may have to be packed of a source that is read in place.
+  const bool placed = in_place(strips, 0);
+  const Scratch unit_memory(static_cast<std::size_t>(unit_size) * sizeof(T), own_strips ? workers
+                                                                             : placed   ? 1
+                                                                                        : static_cast<int>(units));
+  const auto panel_space = [&](std::int64_t i) { return static_cast<T*>(panel_memory.slice(static_cast<int>(i))); };
+  const auto unit_space = [&](std::int64_t i) { return static_cast<T*>(unit_memory.slice(static_cast<int>(i))); };
+  std::int64_t k0 = 0;
+  do {
+    const Pass pass{k0, static_cast<int>(p.depth - k0 < step ? p.depth - k0 : step)};
+    const Target<T> target{p, k0 == 0 ? bias : nullptr, p.accumulate || k0 > 0, flipped};
+    const std::int64_t blocks_deep = kStrips * ((pass.depth + kStep - 1) / kStep);
+    if (own_strips) {
+      parallel_for(columns, p.threads,
+                   [&](int, std::int64_t j) { pack_panel(panels, pass, j * kPanel<T>, panel_space(j)); });
+      parallel_for(units, p.threads, [&](int worker, std::int64_t i) {
+        T* space = unit_space(worker);
+        if (!in_place(strips, i * kUnit)) pack_unit(strips, pass, i * kUnit, space, space_depth);
+        const Unit<T> unit = unit_at(strips, pass, i * kUnit, space, space_depth);
+        Ahead ahead(strips, pass, (i + workers) * kUnit, kUnit, columns * blocks_deep);
+        for (std::int64_t j = 0; j < columns; ++j) {
+          finish<Deep>(target, i * kUnit, unit, j * kPanel<T>, panel_space(j), pass.depth, ahead);
+        }
+      });
+    } else {
+      parallel_for(units, p.threads, [&](int, std::int64_t i) {
+        if (!in_place(strips, i * kUnit)) pack_unit(strips, pass, i * kUnit, unit_space(placed ? 0 : i), space_depth);
+      });
+      parallel_for(columns, p.threads, [&](int worker, std::int64_t j) {
+        T* panel = panel_space(worker);
+        pack_panel(panels, pass, j * kPanel<T>, panel);
+        Ahead ahead(panels, pass, (j + workers) * kPanel<T>, kPanel<T>, units * blocks_deep);
+        for (std::int64_t i = 0; i < units; ++i) {
+          const Unit<T> unit = unit_at(strips, pass, i * kUnit, unit_space(placed ? 0 : i), space_depth);
+          finish<Deep>(target, i * kUnit, unit, j * kPanel<T>, panel, pass.depth, ahead);
+        }
+      });
+    }
+    k0 += step;
+  } while (k0 < p.depth);
 }
 
 template <class T>
 void run(const Product& p) {
-  constexpr std::int64_t kWidth = kPanel<T>;
-  // A^T and B both have the summed index as rows.
   const Source<T> left{{p.a.data, p.a.column_stride, p.a.row_stride, p.a.dtype}, p.rows};
   const Source<T> right{p.b, p.columns};
-  const bool by_columns = p.columns >= p.rows;
-  const Source<T>& shared = by_columns ? left : right;
-  const Source<T>& own = by_columns ? right : left;
-  const std::int64_t shared_panels = (shared.width + kWidth - 1) / kWidth;
-  const std::int64_t own_panels = (own.width + kWidth - 1) / kWidth;
-  const bool computed = p.dtype == DType::kFloat64 || p.dtype == DType::kFloat32;
-  const std::int64_t passes = computed && p.depth > kDepth ? (p.depth + kDepth - 1) / kDepth : 1;
-  const std::int64_t step = (p.depth + passes - 1) / passes;
-  const std::int64_t panel = (step + kLanes<T> - 1) / kLanes<T> * kLanes<T> * kWidth;
-  const Scratch shared_memory(static_cast<std::size_t>(panel * shared_panels) * sizeof(T), 1);
-  const int workers = workers_for(own_panels, p.threads);
-  const Scratch own_memory(static_cast<std::size_t>(panel) * sizeof(T), workers);
-  T* packed = static_cast<T*>(shared_memory.slice(0));
-  std::int64_t k0 = 0;
-  do {
-    const int depth = static_cast<int>(p.depth - k0 < step ? p.depth - k0 : step);
-    parallel_for(shared_panels, p.threads,
-                 [&](int, std::int64_t i) { pack_panel<T>(shared, k0, depth, i * kWidth, packed + i * panel); });
-    const Target target{p, p.accumulate || k0 > 0, p.bias && k0 == 0};
-    parallel_for(own_panels, p.threads, [&](int worker, std::int64_t i) {
-      T* mine = static_cast<T*>(own_memory.slice(worker));
-      pack_panel<T>(own, k0, depth, i * kWidth, mine);
-      Ahead ahead(own, k0, depth, (i + workers) * kWidth);
-      for (std::int64_t j = 0; j < shared_panels; ++j) {
-        const T* other = packed + j * panel;
-        if (by_columns) {
-          finish_panel<T>(target, j * kWidth, i * kWidth, other, mine, depth, ahead);
-        } else {
-          finish_panel<T>(target, i * kWidth, j * kWidth, mine, other, depth, ahead);
-        }
-      }
+  const Scratch memory(static_cast<std::size_t>(p.bias ? p.columns : 0) * sizeof(T), 1);
+  T* bias = p.bias ? static_cast<T*>(memory.slice(0)) : nullptr;
+  if (bias) {
+    with_storage<T>(p.b.dtype, [&](auto storage) {
+      const auto* stored = static_cast<const typename decltype(storage)::Stored*>(p.bias);
+      for (std::int64_t c = 0; c < p.columns; ++c) bias[c] = storage.get(stored + c);
     });
-    k0 += step;
-  } while (k0 < p.depth);
+  }
+  const bool flipped = right.deep() && (!left.deep() || right.width >= left.width);
+  const Source<T>& strips = flipped ? right : left;
+  const Source<T>& panels = flipped ? left : right;
+  strips.deep() ? run<true>(p, strips, panels, flipped, bias) : run<false>(p, strips, panels, flipped, bias);
 }
 
 }  // namespace

@@ -99,12 +99,12 @@ def _attention(device: torch.device) -> dict[str, Any]:
 
 
 def _linear() -> dict[str, Any]:
-    """The library that large float32 products of linear layers take on a CPU."""
-    from pixnerd_kernels.ops.linear import onednn_reasons
+    """What large float32 products of linear layers take on a CPU."""
+    from pixnerd_kernels.ops.linear import core_reasons
 
-    reasons = onednn_reasons()
-    chosen, other = ("torch", "oneDNN") if reasons else ("oneDNN", "torch")
-    others = {other: reasons or ["it can run, but oneDNN is preferred for large float32 products"]}
+    reasons = core_reasons()
+    chosen, other = ("torch", "cpu") if reasons else ("cpu", "torch")
+    others = {other: reasons or ["it can run, but the core is preferred for large float32 products"]}
     return {"op": "linear", "device": "cpu", "backend": chosen, "error": None, "others": others}
 
 

@@ -1,4 +1,4 @@
-"""ops.linear: the values and gradients of torch.nn.functional.linear, and which library runs."""
+"""ops.linear: the values and gradients of torch.nn.functional.linear, and where it runs."""
 
 import sys
 
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from calls import Call
 from tolerance import assert_within
 
-from pixnerd_kernels import use_backend
+from pixnerd_kernels import backends, use_backend
 from pixnerd_kernels.ops import linear
-from pixnerd_kernels.ops.linear import onednn_reasons
+from pixnerd_kernels.ops.linear import core_reasons, cpu
 
 MODULE = sys.modules["pixnerd_kernels.ops.linear"]  # the package's attribute of that name is the function
 
@@ -21,37 +21,36 @@ def plain(x, weight, bias=None):
 
 LARGE = Call("large", linear, plain, {"x": (3, 100, 96), "weight": (160, 96), "bias": (160,)})
 ONE_ROW = Call("one row, no bias", linear, plain, {"x": (1, 1152), "weight": (4000, 1152)})
+FEW_ROWS = Call("few rows", linear, plain, {"x": (2, 1152), "weight": (2000, 1152)})
 SMALL = Call("small", linear, plain, {"x": (3, 4), "weight": (5, 4), "bias": (5,)})
 
 
 @pytest.fixture
-def onednn(monkeypatch):
-    """How often oneDNN multiplies, on any processor."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this torch does not offer oneDNN's linear layer")
-    monkeypatch.setattr(MODULE, "_ONEDNN", True)
+def products(core, monkeypatch):
+    """How often the core multiplies, on any processor."""
+    monkeypatch.setattr(MODULE, "_CORE", True)
     count = []
-    real = torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: count.append(1) or real(*args))
+    real = cpu.matmul
+    monkeypatch.setattr(cpu, "matmul", lambda *args: count.append(1) or real(*args))
     return count
 
 
-@pytest.mark.parametrize("call", [LARGE, ONE_ROW, SMALL], ids=str)
-def test_values_and_gradients(onednn, call):
+@pytest.mark.parametrize("call", [LARGE, ONE_ROW, FEW_ROWS, SMALL], ids=str)
+def test_values_and_gradients(products, call):
     out = call.results(call.op, call.inputs(), call.upstream())
     assert_within(out, *call.expected(call.inputs(), call.upstream()))
-    assert len(onednn) == {LARGE: 3, ONE_ROW: 1, SMALL: 0}[call]
+    assert len(products) == {LARGE: 3, ONE_ROW: 0, FEW_ROWS: 3, SMALL: 0}[call]
 
 
-def test_strided(onednn):
+def test_strided(products):
     tensors, upstream = LARGE.inputs(), LARGE.upstream()
     views = {"x": tensors["x"].mT.contiguous().mT, "weight": tensors["weight"].T.contiguous().T}
     out = LARGE.results(linear, tensors | views, upstream)
     assert_within(out, *LARGE.expected(tensors, upstream))
-    assert len(onednn) == 3
+    assert len(products) == 3
 
 
-def test_the_default_library_where_onednn_does_not_fit(onednn):
+def test_the_default_library_where_the_core_does_not_fit(products):
     x, weight = torch.randn(300, 96), torch.randn(160, 96)
     with use_backend("reference"):
         linear(x, weight)
@@ -60,10 +59,10 @@ def test_the_default_library_where_onednn_does_not_fit(onednn):
         assert linear(x, weight).dtype == torch.bfloat16
     with pytest.raises(RuntimeError):
         linear(x, weight.T)
-    assert not onednn
+    assert not products
 
 
-def test_second_derivatives(onednn):
+def test_second_derivatives(products):
     x, weight = torch.randn(300, 96, requires_grad=True), torch.randn(160, 96, requires_grad=True)
     (grad,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), weight)
@@ -72,7 +71,7 @@ def test_second_derivatives(onednn):
     torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-2)
 
 
-def test_transforms(onednn):
+def test_transforms(products):
     """torch.func's and forward-mode gradients go to torch's own layer."""
     x, weight = torch.randn(300, 96), torch.randn(160, 96)
     grad = torch.func.grad(lambda w: linear(x, w).square().sum())(weight)
@@ -81,9 +80,9 @@ def test_transforms(onednn):
     torch.testing.assert_close(each, F.linear(x[:2, None].expand(-1, 300, -1), weight))
     _, along = torch.func.jvp(lambda w: linear(x, w), (weight,), (weight,))
     torch.testing.assert_close(along, F.linear(x, weight))
-    assert not onednn
+    assert not products
     linear(x, weight)
-    assert onednn
+    assert products
 
 
 def test_opcheck_and_compile():
@@ -96,7 +95,27 @@ def test_opcheck_and_compile():
 
 def test_reasons_are_told(monkeypatch):
     monkeypatch.setattr(MODULE, "_vendor", lambda: "GenuineIntel")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    reasons = onednn_reasons()
-    assert any("no AVX-512" in reason for reason in reasons)
-    assert any("vendor is GenuineIntel" in reason for reason in reasons)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(backends, "_load_native", lambda: (None, "it was not built"))
+    reasons = core_reasons()
+    for part in ("vendor is GenuineIntel", "no AVX2", "it was not built"):
+        assert any(part in reason for reason in reasons)
+
+
+def test_without_the_core(monkeypatch):
+    monkeypatch.setattr(MODULE, "_CORE", True)
+    monkeypatch.setattr(backends, "_load_native", lambda: (None, "it was not built"))
+    x, weight = torch.randn(300, 96), torch.randn(160, 96)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    with use_backend("cpu"), pytest.raises(NotImplementedError, match="it was not built"):
+        linear(x, weight)
+
+
+def test_forced_backends(monkeypatch, products):
+    monkeypatch.setattr(MODULE, "_CORE", False)
+    x, weight = torch.randn(300, 96), torch.randn(160, 96)
+    linear(x, weight)
+    assert not products
+    with use_backend("cpu"):
+        linear(x, weight)
+    assert products

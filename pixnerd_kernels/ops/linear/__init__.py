@@ -1,4 +1,4 @@
-"""A linear layer's product, on the faster of the two matrix libraries that torch brings on a CPU."""
+"""A linear layer's product, on the compiled core where that is the faster library on a CPU."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from torch.autograd import forward_ad
 
 from pixnerd_kernels import backends
 from pixnerd_kernels.ops.library import register, register_autograd
+from pixnerd_kernels.ops.native import fresh
 
 #: Multiply-adds below which the op's own cost outweighs what it gains.
 _LEAST = 1 << 22
+#: Rows, columns and summed indices below which the core's blocks are mostly empty.
+_FEWEST = 2
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias, the values of torch.nn.functional.linear.
 
-    torch multiplies float32 matrices on a CPU with MKL, which takes its AVX2 kernels on AMD's processors even where
-    they have AVX-512. oneDNN, which the same torch holds for other dtypes, takes the AVX-512 ones and reads the weight
-    in place. Large float32 products on such a processor run there, forward and backward; everything else is
-    torch.nn.functional.linear itself. `use_backend("reference")` always takes the latter.
+    torch multiplies float32 matrices on a CPU with MKL, which on AMD's processors stays behind them: it takes AVX2
+    kernels even where there is AVX-512. The compiled core (csrc/matmul.cpp) reads the weight in place and comes nearer
+    to the processor's limit. Large float32 products on such a processor run there, forward and backward; everything
+    else is torch.nn.functional.linear itself. `use_backend("reference")` always takes the latter, and
+    `use_backend("cpu")` the core on any processor.
 
     Args:
         x: [..., K]. weight: [N, K]. bias: [N] or None.
@@ -33,14 +37,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         What torch.nn.functional.linear raises.
     """
-    if _takes_onednn(x, weight, bias):
+    if _takes_core(x, weight, bias):
         flat = x.reshape(-1, x.shape[-1])
         out: Tensor = torch.ops.pixnerd.linear(flat, weight, bias)
         return out.view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
 
 
-def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _takes_core(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
         return False
@@ -49,7 +53,8 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):
         return False
-    if torch.is_autocast_enabled("cpu") or backends.forced_backend() == "reference" or not _ONEDNN:
+    forced = backends.forced_backend()
+    if torch.is_autocast_enabled("cpu") or not (_CORE if not forced else forced == "cpu"):
         return False
     fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
@@ -57,15 +62,16 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return x.numel() * weight.shape[0] >= _LEAST
 
 
-def onednn_reasons() -> list[str]:
-    """Every reason why large float32 products stay on torch's default library; empty if they do not."""
+def core_reasons() -> list[str]:
+    """Every reason why large float32 products stay on torch's library; empty if they do not."""
+    module, missing = backends._load_native()
+    return _processor_reasons() + ([] if module else [f"the compiled core is not available: {missing}"])
+
+
+def _processor_reasons() -> list[str]:
     reasons = []
-    if not torch.backends.mkldnn.is_available():
-        reasons.append("torch is built without oneDNN")
-    elif not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        reasons.append("this torch does not offer oneDNN's linear layer (mkldnn::_linear_pointwise)")
-    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        reasons.append("the processor has no AVX-512, or torch does not use it")
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        reasons.append("the processor has no AVX2, or torch does not use it")
     if (vendor := _vendor()) != "AuthenticAMD":
         reasons.append(f"only AMD's processors are known to gain, this one's vendor is {vendor}")
     return reasons
@@ -83,13 +89,18 @@ def _vendor() -> str:
 
 
 #: A constant, which torch.compile can read.
-_ONEDNN = not onednn_reasons()
+_CORE = not _processor_reasons()
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.numel() == 0 or weight.numel() == 0 or x.device.type != "cpu":
+    fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    there = backends.forced_backend() == "cpu" or backends._load_native()[0] is not None
+    if not fits or not there or min(*x.shape, weight.shape[0]) < _FEWEST:
         return F.linear(x, weight, bias)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    from pixnerd_kernels.ops.linear import cpu
+
+    out = fresh(x.new_empty(x.shape[0], weight.shape[0]))
+    cpu.matmul(x, weight.mT, out, bias)
     return out
 
 
@@ -113,11 +124,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        # Of one row, such as a condition's, both read or write a matrix once and compute next to nothing: oneDNN takes
-        # twice as long as torch's default library.
-        multiply = F.linear if grad.shape[0] == 1 else torch.ops.pixnerd.linear
-        dx = multiply(grad, weight.t(), None) if need_x else None
-        d_weight = multiply(grad.t(), x.t(), None) if need_weight else None
+        dx = torch.ops.pixnerd.linear(grad, weight.t(), None) if need_x else None
+        d_weight = torch.ops.pixnerd.linear(grad.t(), x.t(), None) if need_weight else None
         return dx, d_weight, grad.sum(0) if need_bias else None
 
 

@@ -1,4 +1,4 @@
-"""Hands the tensors of `pixel_decoder` to csrc/matmul and csrc/pixel_decoder."""
+"""Hands the tensors of `pixel_decoder` to csrc/pixel_decoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pixnerd_kernels.backends import native
 from pixnerd_kernels.ops.dtypes import compute_dtype
-from pixnerd_kernels.ops.native import ABSENT, DTYPES, Strided, dense_rows, strided
+from pixnerd_kernels.ops.linear.cpu import matmul
+from pixnerd_kernels.ops.native import ABSENT, DTYPES, Strided, strided
 from pixnerd_kernels.ops.neural_field_mlp.cpu import ACTIVATIONS
 from pixnerd_kernels.ops.pixel_decoder import reference
 
@@ -20,31 +21,6 @@ if TYPE_CHECKING:
 at_once = reference.at_once
 
 
-def _operand(tensor: Tensor) -> Strided:
-    """A matrix by address and strides; those of a dimension of one do not matter, and may be anything in torch."""
-    row, column = (1 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), row, column
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> None:
-    """out (+)= a @ b + bias, accumulated in the computed dtype. Each matrix has neighbours along one dimension."""
-    native().matmul(
-        rows=a.shape[0],
-        columns=b.shape[1],
-        depth=a.shape[1],
-        a=_operand(a),
-        a_dtype=DTYPES[a.dtype],
-        b=_operand(b),
-        b_dtype=DTYPES[b.dtype],
-        bias=0 if bias is None else bias.data_ptr(),
-        c=out.data_ptr(),
-        row_stride=out.stride(0),
-        dtype=DTYPES[out.dtype],
-        accumulate=add,
-        threads=torch.get_num_threads(),
-    )
-
-
 def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out [n, G] = hidden @ weightᵀ + bias.
 
@@ -53,18 +29,17 @@ def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
     if hidden.dtype != compute_dtype(hidden.dtype):
         reference.generate(hidden, weight, bias, out)
         return
-    bias = None if bias is None else dense_rows(bias)
-    _matmul(dense_rows(hidden), dense_rows(weight).mT, out, bias)
+    matmul(hidden, weight.mT, out, bias)
 
 
 def weight_gradient(total: Tensor, d_generated: Tensor, hidden: Tensor, add: bool) -> None:
     """total [G, D] (+)= d_generatedᵀ @ hidden, in the computed dtype for half types too."""
-    _matmul(d_generated.mT, dense_rows(hidden), total, add=add)
+    matmul(d_generated.mT, hidden, total, add=add)
 
 
 def hidden_gradient(total: Tensor, d_generated: Tensor, weight: Tensor, add: bool) -> None:
     """total [n, D] (+)= d_generated @ weight."""
-    _matmul(d_generated, dense_rows(weight), total, add=add)
+    matmul(d_generated, weight, total, add=add)
 
 
 def _planes(planes: Tensor | None) -> tuple[int, ...]:
