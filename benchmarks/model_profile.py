@@ -16,7 +16,7 @@ _PRODUCTS = (
     "aten::addmm",
     "aten::bmm",
     "aten::mm",
-    "mkldnn::_linear_pointwise",
+    "pixnerd::linear",
     "pixnerd::neural_field_mlp_packed",
     "pixnerd::pixel_decoder",
 )
@@ -156,7 +156,7 @@ def _flops(op: str, shapes: list[list[int]], config: PixNerdConfig, size: int, b
         return 2 * dims[0][0] * dims[0][1] * dims[1][1]
     if op == "aten::bmm":
         return 2 * dims[0][0] * dims[0][1] * dims[0][2] * dims[1][2]
-    if op == "mkldnn::_linear_pointwise":
+    if op == "pixnerd::linear":
         return 2 * dims[0][0] * dims[0][1] * dims[1][0]
     if op in _ATTENTION:
         images, heads, queries, channels = dims[0]

@@ -7,13 +7,16 @@ import torch
 
 from pixnerd_kernels.ops.linear.cpu import matmul
 
-#: Rows, columns, depth: one element; empty; parts of a vector, a strip, a unit and a panel; several passes of depth.
+#: Rows, columns, depth: one element; empty; few rows; parts of a vector, a strip, a unit and a panel; several passes of depth.
 SIZES = [
     (1, 1, 1),
     (0, 3, 4),
     (3, 0, 4),
     (3, 4, 0),
+    (1, 40, 300),
     (2, 90, 5),
+    (3, 17, 64),
+    (4, 133, 1537),
     (90, 2, 5),
     (17, 33, 70),
     (64, 96, 64),

@@ -15,8 +15,6 @@ from pixnerd_kernels.ops.native import fresh
 
 #: Multiply-adds below which the op's own cost outweighs what it gains.
 _LEAST = 1 << 22
-#: Rows, columns and summed indices below which the core's blocks are mostly empty.
-_FEWEST = 2
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -95,7 +93,9 @@ _CORE = not _processor_reasons()
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     there = backends.forced_backend() == "cpu" or backends._load_native()[0] is not None
-    if not fits or not there or min(*x.shape, weight.shape[0]) < _FEWEST:
+    # A product of vectors, or of one row with the columns of a weight, mostly moves memory: blocks would be empty.
+    thin = min(x.shape[1], weight.shape[0]) < 2 or (x.shape[0] == 1 and weight.stride(1) != 1)
+    if not fits or not there or thin:
         return F.linear(x, weight, bias)
     from pixnerd_kernels.ops.linear import cpu
 
