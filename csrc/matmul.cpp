@@ -15,8 +15,9 @@
 namespace pixnerd::PIXNERD_ISA {
 namespace {
 
-// Depth of one pass over C: a panel of it fills a part of the second-level cache.
-constexpr std::int64_t kDepth = 1536;
+// Depth of one pass over C: a panel and a unit of it fit the second-level cache together. A panel that a worker has
+// packed for itself has to stay there while all of the other operand passes by, and may be half as deep.
+constexpr std::int64_t kDepth = 3072, kOwnPanelDepth = kDepth / 2;
 // Depth of the products between two prefetches of the next piece.
 constexpr int kStep = 32;
 constexpr int kCacheLine = 64;
@@ -224,6 +225,7 @@ void finish_vectors(const Target<T>& t, std::int64_t s, const Unit<T>& unit, std
     int k = 0;
     for (; k + kStep <= depth; k += kStep) {
       ahead.next();
+#pragma GCC unroll 16
       for (int step = 0; step < kStep; ++step) accumulate<Deep>(acc, strip, unit.row, panel, k + step);
     }
     for (; k < depth; ++k) accumulate<Deep>(acc, strip, unit.row, panel, k);
@@ -267,7 +269,8 @@ template <bool Deep, class T>
 void run(const Product& p, const Source<T>& strips, const Source<T>& panels, bool flipped, const T* bias) {
   const bool own_strips = flipped == (p.columns >= p.rows);
   const bool computed = p.dtype == DType::kFloat64 || p.dtype == DType::kFloat32;
-  const std::int64_t passes = computed && p.depth > kDepth ? (p.depth + kDepth - 1) / kDepth : 1;
+  const std::int64_t deepest = own_strips ? kDepth : kOwnPanelDepth;
+  const std::int64_t passes = computed && p.depth > deepest ? (p.depth + deepest - 1) / deepest : 1;
   const std::int64_t step = (p.depth + passes - 1) / passes;
   const std::int64_t space_depth = (step + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   const std::int64_t units = (strips.width + kUnit - 1) / kUnit, unit_size = space_depth * kUnit;
