@@ -1,4 +1,4 @@
-"""What the sub-commands share for their arguments: checked numbers, one-line errors, optional packages."""
+"""What the sub-commands share for their arguments: checked numbers and devices, one-line errors, optional packages."""
 
 from __future__ import annotations
 
@@ -45,6 +45,41 @@ def positive_number(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
     return value
+
+
+def device(text: str) -> str:
+    """An argparse type: the name of a device that torch finds here."""
+    if text == "cpu":
+        return text
+    import torch
+
+    expected, names = "cpu (torch finds no accelerator here)", ["cpu"]
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is not None:
+        count = torch.accelerator.device_count()
+        names += [kind.type, *(f"{kind.type}:{index}" for index in range(count))]
+        expected = f"one of {', '.join(names)}"
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return text
+
+
+def chosen_backend(device: str) -> str:
+    """The backend that runs neural fields on this device.
+
+    Raises:
+        UsageError: PIXNERD_BACKEND forces one that cannot; lists every reason.
+    """
+    import torch
+
+    from pixnerd_kernels import backends
+
+    try:
+        return backends.select(
+            "neural_field_mlp", torch.device(device), torch.float32, backends.forced_backend()
+        )
+    except NotImplementedError as error:
+        raise UsageError(f"PIXNERD_BACKEND: {error}") from error
 
 
 def optional_package(module: str) -> ModuleType:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pixnerd_kernels.cli import machine, pictures
-from pixnerd_kernels.cli.arguments import Subparsers, UsageError, integer, optional_package, positive_number
+from pixnerd_kernels.cli.arguments import (
+    Subparsers,
+    UsageError,
+    chosen_backend,
+    integer,
+    optional_package,
+    positive_number,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +142,6 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
     import torch
 
-    from pixnerd_kernels import backends
     from pixnerd_kernels.cli.fields import PatchFields, psnr
 
     shape = _shape(args)
@@ -143,12 +149,7 @@ def run(args: argparse.Namespace) -> int:
         size = f"{photograph.width}x{photograph.height}"
         raise UsageError(f"--crop: expected a corner inside the {size} pixels, got {args.crop}")
     images = optional_package("PIL.Image")
-    try:
-        backend = backends.select(
-            "neural_field_mlp", torch.device("cpu"), torch.float32, backends.forced_backend()
-        )
-    except NotImplementedError as error:
-        raise UsageError(f"PIXNERD_BACKEND: {' '.join(str(error).split())}") from error
+    backend = chosen_backend("cpu")
     torch.manual_seed(args.seed)
     image = torch.from_numpy(np.asarray(photograph).copy()).float() / 255
     fields = PatchFields(image, shape, args.steps, args.lr)

@@ -7,7 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixnerd_kernels.cli.arguments import Subparsers, UsageError, integer, optional_package, positive_number
+from pixnerd_kernels.cli.arguments import (
+    Subparsers,
+    UsageError,
+    chosen_backend,
+    device,
+    integer,
+    optional_package,
+    positive_number,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +72,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--columns", type=integer(1), help="of the grid (nearly square)")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), help="the grid, a PNG (./grid.png)")
     parser.add_argument("--gif", type=Path, help="also the way from noise to images, a GIF")
-    parser.add_argument("--device", default="cpu", help="where to draw (cpu)")
+    parser.add_argument("--device", type=device, default="cpu", help="where to draw (cpu)")
 
 
 def _load(args: argparse.Namespace) -> tuple[PixNerd | PixNerdT2I, int, list[str]]:
@@ -143,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
     from pixnerd_kernels.diffusion import pictures
     from pixnerd_kernels.models import PixNerd
 
+    chosen_backend(args.device)
     if args.out.suffix.lower() != ".png":
         raise UsageError(f"--out: expected a .png file, got {str(args.out)!r}")
     if args.gif is not None and args.gif.suffix.lower() != ".gif":
@@ -173,6 +182,6 @@ def run(args: argparse.Namespace) -> int:
         if args.gif:
             pictures.save_gif(args.gif, [pictures.grid(frame, args.columns) for frame in frames])
             print(f"the way there: {args.gif}")
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
         raise UsageError(str(error)) from error
     return 0

@@ -8,7 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixnerd_kernels.cli.arguments import Subparsers, UsageError, integer, optional_package, positive_number
+from pixnerd_kernels.cli.arguments import (
+    Subparsers,
+    UsageError,
+    chosen_backend,
+    device,
+    integer,
+    optional_package,
+    positive_number,
+)
 
 if TYPE_CHECKING:
     from pixnerd_kernels.models import PixNerdConfig
@@ -72,7 +80,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--autocast", choices=("auto", "off", "bf16"), help="bf16 on a GPU, off on a CPU (auto)"
     )
     group.add_argument("--seed", type=integer(0), help="of weights, order and noise (0)")
-    group.add_argument("--device", default="cpu", help="where to train (cpu)")
+    group.add_argument("--device", type=device, default="cpu", help="where to train (cpu)")
     output = parser.add_argument_group("on the way")
     output.add_argument("--save-every", type=integer(0), default=500, help="steps between checkpoints (500)")
     output.add_argument("--sample-every", type=integer(0), default=500, help="steps between grids (500)")
@@ -139,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
     from pixnerd_kernels.training.loop import CHECKPOINT
     from pixnerd_kernels.training.settings import Settings
 
+    chosen_backend(args.device)
     path = args.out / CHECKPOINT
     try:
         if args.resume:
@@ -169,7 +178,9 @@ def run(args: argparse.Namespace) -> int:
             guidance=args.guidance,
             quiet=args.quiet,
         )
-    except (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except (
+        ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError,
+    ) as error:  # fmt: skip
         raise UsageError(str(error)) from error
     if finished:
         print(f"{trainer.steps_done} steps done: {path}")
