@@ -14,6 +14,10 @@ class UsageError(Exception):
     """A user's mistake in one line: the argument, what was expected, what came. The exit code is 2."""
 
 
+#: The largest seed that every generator of torch takes.
+MAX_SEED = 2**63 - 1
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, without the usage text before it."""
 
@@ -21,8 +25,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def integer(minimum: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `minimum`."""
+def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argparse type: an integer from `minimum` to `maximum`."""
 
     def parse(text: str) -> int:
         try:
@@ -31,9 +35,22 @@ def integer(minimum: int) -> Callable[[str], int]:
             value = minimum - 1
         if value < minimum:
             raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got {text!r}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"expected an integer of at most {maximum}, got {text!r}")
         return value
 
     return parse
+
+
+def number(text: str) -> float:
+    """An argparse type: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= 1e300:
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
 
 
 def positive_number(text: str) -> float:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pixnerd_kernels.cli import machine, pictures
 from pixnerd_kernels.cli.arguments import (
+    MAX_SEED,
     Subparsers,
     UsageError,
     chosen_backend,
@@ -45,7 +46,9 @@ def add_parser(subparsers: Subparsers) -> None:
         help="frequencies of the encoding per axis (half the patch, at most 8)",
     )
     parser.add_argument("--lr", type=positive_number, default=0.2, help="Adam's learning rate (0.2)")
-    parser.add_argument("--seed", type=integer(0), default=0, help="seed of the initial weights (0)")
+    parser.add_argument(
+        "--seed", type=integer(0, MAX_SEED), default=0, help="seed of the initial weights (0)"
+    )
     parser.add_argument(
         "--crop",
         type=integer(0),

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pixnerd_kernels.cli.arguments import (
+    MAX_SEED,
     Subparsers,
     UsageError,
     chosen_backend,
     device,
     integer,
+    number,
     optional_package,
     positive_number,
 )
@@ -56,19 +58,19 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--size", type=integer(1), help="pixels of an edge (as trained)")
     parser.add_argument("--trained-size", type=integer(1), help="of an official checkpoint (256; text 512)")
     parser.add_argument(
-        "--fine-from", type=float, metavar="TIME",
+        "--fine-from", type=number, metavar="TIME",
         help="above the trained size, the time from which images have --size; 0 is all the way (0.8; official 0)",
     )  # fmt: skip
     parser.add_argument("--solver", choices=("euler", "heun", "adams"), default="adams", help="(adams)")
     parser.add_argument("--steps", type=integer(1), default=25, help="solver steps (25)")
-    parser.add_argument("--order", type=integer(1), default=2, help="of adams, 1 to 4 (2)")
-    parser.add_argument("--guidance", type=float, help="1 is none (2; text 4)")
+    parser.add_argument("--order", type=integer(1, 4), default=2, help="of adams, 1 to 4 (2)")
+    parser.add_argument("--guidance", type=number, help="1 is none (2; text 4)")
     parser.add_argument(
-        "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        "--guidance-interval", type=number, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
         help="times between which guidance holds (0 1)",
     )  # fmt: skip
     parser.add_argument("--timeshift", type=positive_number, help="above 1: more noisy steps (1; text 3)")
-    parser.add_argument("--seed", type=integer(0), default=0, help="of the noise (0)")
+    parser.add_argument("--seed", type=integer(0, MAX_SEED), default=0, help="of the noise (0)")
     parser.add_argument("--columns", type=integer(1), help="of the grid (nearly square)")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), help="the grid, a PNG (./grid.png)")
     parser.add_argument("--gif", type=Path, help="also the way from noise to images, a GIF")
@@ -156,6 +158,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--out: expected a .png file, got {str(args.out)!r}")
     if args.gif is not None and args.gif.suffix.lower() != ".gif":
         raise UsageError(f"--gif: expected a .gif file, got {str(args.gif)!r}")
+    if args.fine_from is not None and not 0 <= args.fine_from < 1:
+        raise UsageError(f"--fine-from: expected a time from 0 to below 1, got {args.fine_from:g}")
+    low, high = args.guidance_interval
+    if low > high:
+        raise UsageError(f"--guidance-interval: expected LOW up to HIGH, got {low:g} {high:g}")
     frames: list[Tensor] = []
     try:
         model, trained_size, names = _load(args)
@@ -170,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
             "num_steps": args.steps,
             "order": args.order,
             "guidance": (2.0 if by_class else 4.0) if args.guidance is None else args.guidance,
-            "guidance_interval": tuple(args.guidance_interval),
+            "guidance_interval": (low, high),
             "timeshift": args.timeshift or (1.0 if by_class else 3.0),
         }
         if isinstance(model, PixNerd):

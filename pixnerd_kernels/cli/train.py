@@ -14,6 +14,7 @@ from pixnerd_kernels.cli.arguments import (
     chosen_backend,
     device,
     integer,
+    number,
     optional_package,
     positive_number,
 )
@@ -64,11 +65,11 @@ def add_parser(subparsers: Subparsers) -> None:
     group.add_argument("--optimiser", choices=("muon", "adamw"), help="(muon)")
     group.add_argument("--learning-rate", type=positive_number, help="the optimiser's peak rate (0.003)")
     group.add_argument("--warmup", type=integer(0), help="steps of linear warm-up (100)")
-    group.add_argument("--cooldown", type=float, help="share of the steps over which the rate falls (0.6)")
-    group.add_argument("--weight-decay", type=float, help="decoupled (0)")
-    group.add_argument("--ema", type=float, help="decay of the averaged weights (0.998)")
+    group.add_argument("--cooldown", type=number, help="share of the steps over which the rate falls (0.6)")
+    group.add_argument("--weight-decay", type=number, help="decoupled (0)")
+    group.add_argument("--ema", type=number, help="decay of the averaged weights (0.998)")
     group.add_argument("--clip", type=positive_number, help="largest norm of the gradients (1)")
-    group.add_argument("--class-dropout", type=float, help="share of images trained without class (0.1)")
+    group.add_argument("--class-dropout", type=number, help="share of images trained without class (0.1)")
     group.add_argument("--timeshift", type=positive_number, help="above 1 trains more at noisy times (1)")
     group.add_argument(
         "--decoder-scales",
@@ -85,7 +86,7 @@ def add_parser(subparsers: Subparsers) -> None:
     output.add_argument("--save-every", type=integer(0), default=500, help="steps between checkpoints (500)")
     output.add_argument("--sample-every", type=integer(0), default=500, help="steps between grids (500)")
     output.add_argument("--sample-steps", type=integer(1), default=20, help="solver steps of the grids (20)")
-    output.add_argument("--guidance", type=float, default=2.0, help="guidance of the grids (2)")
+    output.add_argument("--guidance", type=number, default=2.0, help="guidance of the grids (2)")
     output.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
 
 
@@ -162,9 +163,11 @@ def run(args: argparse.Namespace) -> int:
                 )
             size, channels, name = _DEFAULTS.get(args.data, _DEFAULTS[""])
             size, channels = getattr(args, "size", size), getattr(args, "channels", channels)
-            dataset = load_dataset(args.data, size, channels)
-            model = _model(args, name, channels, len(dataset.classes))
+            # Before the images are read, which takes a while; the classes are counted in them.
+            model = _model(args, name, channels, classes=1)
             settings = Settings(args.data, size, model, **{"autocast": _autocast(args), **_options(args)})
+            dataset = load_dataset(args.data, size, channels)
+            settings = replace(settings, model=replace(model, num_classes=len(dataset.classes)))
         _report_skipped(dataset.skipped)
         trainer = Trainer(settings, dataset, args.device)
         if args.resume:

@@ -170,7 +170,6 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         ([run, "--size", "9"], "size: expected a multiple of 2"),
         ([run, "--out", "x.jpg"], "--out: expected a .png file"),
         ([run, "--gif", "x.png"], "--gif: expected a .gif file"),
-        ([run, "--order", "7"], "order: expected at most 4"),
         ([tmp_path / "absent.safetensors"], "no checkpoint at"),
         ([tmp_path / "absent.ckpt"], "no checkpoint at"),
         ([broken], "broken.ckpt: "),
@@ -183,3 +182,31 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         assert err.count("\n") == 1, err
         assert words in err
     assert not (tmp_path / "g.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--order=7"], "--order: expected an integer of at most 4, got '7'"),
+        (["--steps=0"], "--steps: expected an integer of at least 1, got '0'"),
+        (["--n=-2"], "--n: expected an integer of at least 1, got '-2'"),
+        (["--guidance=inf"], "--guidance: expected a finite number, got 'inf'"),
+        (["--guidance-interval", "nan", "1"], "--guidance-interval: expected a finite number, got 'nan'"),
+        (["--guidance-interval", "0.9", "0.1"], "--guidance-interval: expected LOW up to HIGH, got 0.9 0.1"),
+        (["--fine-from=1.5"], "--fine-from: expected a time from 0 to below 1, got 1.5"),
+        (["--fine-from=-1"], "--fine-from: expected a time from 0 to below 1, got -1"),
+        (["--timeshift=0"], "--timeshift: expected a finite number above 0, got '0'"),
+        (["--seed=9223372036854775808"], "--seed: expected an integer of at most 9223372036854775807"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_numbers_are_refused_before_the_checkpoint_is_read(options, words, tmp_path, capsys):
+    assert sample(tmp_path / "absent.ckpt", tmp_path / "g.png", *options) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert words in err
+
+
+def test_the_largest_seed_draws(run, tmp_path):
+    assert sample(run, tmp_path / "g.png", "--n", 1, "--steps", 1, "--seed", 2**63 - 1) == 0
