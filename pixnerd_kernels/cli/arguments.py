@@ -1,11 +1,13 @@
-"""What the sub-commands share for their arguments: checked numbers and devices, one-line errors, optional packages."""
+"""What the sub-commands share for their arguments: checks, one-line errors, optional packages."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import math
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -97,6 +99,22 @@ def chosen_backend(device: str) -> str:
         )
     except NotImplementedError as error:
         raise UsageError(f"PIXNERD_BACKEND: {error}") from error
+
+
+def make_writable(argument: str, folder: Path) -> None:
+    """Make the folder and try it before the work, not after it.
+
+    Raises:
+        UsageError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{argument}: expected a folder that can be written, got {str(folder)!r} ({error})"
+        ) from error
 
 
 def optional_package(module: str) -> ModuleType:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from pixnerd_kernels.cli.arguments import (
     UsageError,
     chosen_backend,
     integer,
+    make_writable,
     optional_package,
     positive_number,
 )
@@ -57,18 +57,6 @@ def add_parser(subparsers: Subparsers) -> None:
         help="corner of the enlarged detail, pixels",
     )
     parser.add_argument("--no-compare", action="store_true", help="do not time eager PyTorch beside it")
-
-
-def _writable(folder: Path) -> None:
-    """Make the folder and try it before the work, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"--out: expected a folder that can be written, got {str(folder)!r} ({error})"
-        ) from error
 
 
 def _shape(args: argparse.Namespace) -> Shape:
@@ -140,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     photograph = pictures.prepare(pictures.load(args.image), args.size, args.patch)
     for package in ("tqdm", "matplotlib"):
         optional_package(package)
-    _writable(args.out)
+    make_writable("--out", args.out)
 
     import numpy as np
     import torch

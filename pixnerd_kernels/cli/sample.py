@@ -14,6 +14,7 @@ from pixnerd_kernels.cli.arguments import (
     chosen_backend,
     device,
     integer,
+    make_writable,
     number,
     optional_package,
     positive_number,
@@ -163,6 +164,9 @@ def run(args: argparse.Namespace) -> int:
     low, high = args.guidance_interval
     if low > high:
         raise UsageError(f"--guidance-interval: expected LOW up to HIGH, got {low:g} {high:g}")
+    make_writable("--out", args.out.parent)
+    if args.gif is not None:
+        make_writable("--gif", args.gif.parent)
     frames: list[Tensor] = []
     try:
         model, trained_size, names = _load(args)

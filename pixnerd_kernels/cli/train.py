@@ -14,6 +14,7 @@ from pixnerd_kernels.cli.arguments import (
     chosen_backend,
     device,
     integer,
+    make_writable,
     number,
     optional_package,
     positive_number,
@@ -172,6 +173,7 @@ def run(args: argparse.Namespace) -> int:
         trainer = Trainer(settings, dataset, args.device)
         if args.resume:
             trainer.load(path)
+        make_writable("--out", args.out)
         finished = train(
             trainer,
             args.out,

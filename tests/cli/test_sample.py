@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pixnerd_kernels.cli import main
+from pixnerd_kernels.diffusion import pictures
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -206,6 +207,17 @@ def test_numbers_are_refused_before_the_checkpoint_is_read(options, words, tmp_p
     assert out == ""
     assert err.count("\n") == 1, err
     assert words in err
+
+
+@pytest.mark.parametrize("argument", ["--out", "--gif"])
+def test_a_folder_that_cannot_be_written_is_refused_before_drawing(
+    argument, run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(pictures, "draw", lambda *_, **__: pytest.fail("the images are drawn"))
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / ("x.gif" if argument == "--gif" else "x.png")
+    assert sample(run, tmp_path / "g.png", argument, path) == 2
+    assert f"{argument}: expected a folder that can be written" in capsys.readouterr().err
 
 
 def test_the_largest_seed_draws(run, tmp_path):

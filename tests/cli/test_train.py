@@ -163,6 +163,13 @@ def test_numbers_are_refused_before_the_images_are_read(option, words, tmp_path,
     assert not out.exists()
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("the run began"))
+    (tmp_path / "file").touch()
+    line = failure(capsys, "--data", "digits", "--out", tmp_path / "file" / "run", *TINY)
+    assert "--out: expected a folder that can be written" in line
+
+
 def test_a_run_is_neither_overwritten_nor_continued_otherwise(tmp_path, capsys):
     assert start("digits", tmp_path, "--steps", 2) == 0
     before = state(tmp_path)
