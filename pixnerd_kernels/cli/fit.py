@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pixnerd_kernels.cli import machine, pictures
-from pixnerd_kernels.cli.arguments import Subparsers, UsageError, integer, optional_package, positive_number
+from pixnerd_kernels.cli.arguments import (
+    MAX_SEED,
+    Subparsers,
+    UsageError,
+    chosen_backend,
+    integer,
+    make_writable,
+    optional_package,
+    positive_number,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +46,9 @@ def add_parser(subparsers: Subparsers) -> None:
         help="frequencies of the encoding per axis (half the patch, at most 8)",
     )
     parser.add_argument("--lr", type=positive_number, default=0.2, help="Adam's learning rate (0.2)")
-    parser.add_argument("--seed", type=integer(0), default=0, help="seed of the initial weights (0)")
+    parser.add_argument(
+        "--seed", type=integer(0, MAX_SEED), default=0, help="seed of the initial weights (0)"
+    )
     parser.add_argument(
         "--crop",
         type=integer(0),
@@ -47,18 +57,6 @@ def add_parser(subparsers: Subparsers) -> None:
         help="corner of the enlarged detail, pixels",
     )
     parser.add_argument("--no-compare", action="store_true", help="do not time eager PyTorch beside it")
-
-
-def _writable(folder: Path) -> None:
-    """Make the folder and try it before the work, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"--out: expected a folder that can be written, got {str(folder)!r} ({error})"
-        ) from error
 
 
 def _shape(args: argparse.Namespace) -> Shape:
@@ -130,12 +128,11 @@ def run(args: argparse.Namespace) -> int:
     photograph = pictures.prepare(pictures.load(args.image), args.size, args.patch)
     for package in ("tqdm", "matplotlib"):
         optional_package(package)
-    _writable(args.out)
+    make_writable("--out", args.out)
 
     import numpy as np
     import torch
 
-    from pixnerd_kernels import backends
     from pixnerd_kernels.cli.fields import PatchFields, psnr
 
     shape = _shape(args)
@@ -143,12 +140,7 @@ def run(args: argparse.Namespace) -> int:
         size = f"{photograph.width}x{photograph.height}"
         raise UsageError(f"--crop: expected a corner inside the {size} pixels, got {args.crop}")
     images = optional_package("PIL.Image")
-    try:
-        backend = backends.select(
-            "neural_field_mlp", torch.device("cpu"), torch.float32, backends.forced_backend()
-        )
-    except NotImplementedError as error:
-        raise UsageError(f"PIXNERD_BACKEND: {' '.join(str(error).split())}") from error
+    backend = chosen_backend("cpu")
     torch.manual_seed(args.seed)
     image = torch.from_numpy(np.asarray(photograph).copy()).float() / 255
     fields = PatchFields(image, shape, args.steps, args.lr)

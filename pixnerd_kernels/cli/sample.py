@@ -7,7 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixnerd_kernels.cli.arguments import Subparsers, UsageError, integer, optional_package, positive_number
+from pixnerd_kernels.cli.arguments import (
+    MAX_SEED,
+    Subparsers,
+    UsageError,
+    chosen_backend,
+    device,
+    integer,
+    make_writable,
+    number,
+    optional_package,
+    positive_number,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,23 +59,23 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--size", type=integer(1), help="pixels of an edge (as trained)")
     parser.add_argument("--trained-size", type=integer(1), help="of an official checkpoint (256; text 512)")
     parser.add_argument(
-        "--fine-from", type=float, metavar="TIME",
+        "--fine-from", type=number, metavar="TIME",
         help="above the trained size, the time from which images have --size; 0 is all the way (0.8; official 0)",
     )  # fmt: skip
     parser.add_argument("--solver", choices=("euler", "heun", "adams"), default="adams", help="(adams)")
     parser.add_argument("--steps", type=integer(1), default=25, help="solver steps (25)")
-    parser.add_argument("--order", type=integer(1), default=2, help="of adams, 1 to 4 (2)")
-    parser.add_argument("--guidance", type=float, help="1 is none (2; text 4)")
+    parser.add_argument("--order", type=integer(1, 4), default=2, help="of adams, 1 to 4 (2)")
+    parser.add_argument("--guidance", type=number, help="1 is none (2; text 4)")
     parser.add_argument(
-        "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        "--guidance-interval", type=number, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
         help="times between which guidance holds (0 1)",
     )  # fmt: skip
     parser.add_argument("--timeshift", type=positive_number, help="above 1: more noisy steps (1; text 3)")
-    parser.add_argument("--seed", type=integer(0), default=0, help="of the noise (0)")
+    parser.add_argument("--seed", type=integer(0, MAX_SEED), default=0, help="of the noise (0)")
     parser.add_argument("--columns", type=integer(1), help="of the grid (nearly square)")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), help="the grid, a PNG (./grid.png)")
     parser.add_argument("--gif", type=Path, help="also the way from noise to images, a GIF")
-    parser.add_argument("--device", default="cpu", help="where to draw (cpu)")
+    parser.add_argument("--device", type=device, default="cpu", help="where to draw (cpu)")
 
 
 def _load(args: argparse.Namespace) -> tuple[PixNerd | PixNerdT2I, int, list[str]]:
@@ -143,10 +154,19 @@ def run(args: argparse.Namespace) -> int:
     from pixnerd_kernels.diffusion import pictures
     from pixnerd_kernels.models import PixNerd
 
+    chosen_backend(args.device)
     if args.out.suffix.lower() != ".png":
         raise UsageError(f"--out: expected a .png file, got {str(args.out)!r}")
     if args.gif is not None and args.gif.suffix.lower() != ".gif":
         raise UsageError(f"--gif: expected a .gif file, got {str(args.gif)!r}")
+    if args.fine_from is not None and not 0 <= args.fine_from < 1:
+        raise UsageError(f"--fine-from: expected a time from 0 to below 1, got {args.fine_from:g}")
+    low, high = args.guidance_interval
+    if low > high:
+        raise UsageError(f"--guidance-interval: expected LOW up to HIGH, got {low:g} {high:g}")
+    make_writable("--out", args.out.parent)
+    if args.gif is not None:
+        make_writable("--gif", args.gif.parent)
     frames: list[Tensor] = []
     try:
         model, trained_size, names = _load(args)
@@ -161,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
             "num_steps": args.steps,
             "order": args.order,
             "guidance": (2.0 if by_class else 4.0) if args.guidance is None else args.guidance,
-            "guidance_interval": tuple(args.guidance_interval),
+            "guidance_interval": (low, high),
             "timeshift": args.timeshift or (1.0 if by_class else 3.0),
         }
         if isinstance(model, PixNerd):
@@ -173,6 +193,6 @@ def run(args: argparse.Namespace) -> int:
         if args.gif:
             pictures.save_gif(args.gif, [pictures.grid(frame, args.columns) for frame in frames])
             print(f"the way there: {args.gif}")
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
         raise UsageError(str(error)) from error
     return 0

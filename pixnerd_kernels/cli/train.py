@@ -8,7 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixnerd_kernels.cli.arguments import Subparsers, UsageError, integer, optional_package, positive_number
+from pixnerd_kernels.cli.arguments import (
+    Subparsers,
+    UsageError,
+    chosen_backend,
+    device,
+    integer,
+    make_writable,
+    number,
+    optional_package,
+    positive_number,
+)
 
 if TYPE_CHECKING:
     from pixnerd_kernels.models import PixNerdConfig
@@ -56,11 +66,11 @@ def add_parser(subparsers: Subparsers) -> None:
     group.add_argument("--optimiser", choices=("muon", "adamw"), help="(muon)")
     group.add_argument("--learning-rate", type=positive_number, help="the optimiser's peak rate (0.003)")
     group.add_argument("--warmup", type=integer(0), help="steps of linear warm-up (100)")
-    group.add_argument("--cooldown", type=float, help="share of the steps over which the rate falls (0.6)")
-    group.add_argument("--weight-decay", type=float, help="decoupled (0)")
-    group.add_argument("--ema", type=float, help="decay of the averaged weights (0.998)")
+    group.add_argument("--cooldown", type=number, help="share of the steps over which the rate falls (0.6)")
+    group.add_argument("--weight-decay", type=number, help="decoupled (0)")
+    group.add_argument("--ema", type=number, help="decay of the averaged weights (0.998)")
     group.add_argument("--clip", type=positive_number, help="largest norm of the gradients (1)")
-    group.add_argument("--class-dropout", type=float, help="share of images trained without class (0.1)")
+    group.add_argument("--class-dropout", type=number, help="share of images trained without class (0.1)")
     group.add_argument("--timeshift", type=positive_number, help="above 1 trains more at noisy times (1)")
     group.add_argument(
         "--decoder-scales",
@@ -72,12 +82,12 @@ def add_parser(subparsers: Subparsers) -> None:
         "--autocast", choices=("auto", "off", "bf16"), help="bf16 on a GPU, off on a CPU (auto)"
     )
     group.add_argument("--seed", type=integer(0), help="of weights, order and noise (0)")
-    group.add_argument("--device", default="cpu", help="where to train (cpu)")
+    group.add_argument("--device", type=device, default="cpu", help="where to train (cpu)")
     output = parser.add_argument_group("on the way")
     output.add_argument("--save-every", type=integer(0), default=500, help="steps between checkpoints (500)")
     output.add_argument("--sample-every", type=integer(0), default=500, help="steps between grids (500)")
     output.add_argument("--sample-steps", type=integer(1), default=20, help="solver steps of the grids (20)")
-    output.add_argument("--guidance", type=float, default=2.0, help="guidance of the grids (2)")
+    output.add_argument("--guidance", type=number, default=2.0, help="guidance of the grids (2)")
     output.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
 
 
@@ -139,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     from pixnerd_kernels.training.loop import CHECKPOINT
     from pixnerd_kernels.training.settings import Settings
 
+    chosen_backend(args.device)
     path = args.out / CHECKPOINT
     try:
         if args.resume:
@@ -153,13 +164,16 @@ def run(args: argparse.Namespace) -> int:
                 )
             size, channels, name = _DEFAULTS.get(args.data, _DEFAULTS[""])
             size, channels = getattr(args, "size", size), getattr(args, "channels", channels)
-            dataset = load_dataset(args.data, size, channels)
-            model = _model(args, name, channels, len(dataset.classes))
+            # Before the images are read, which takes a while; the classes are counted in them.
+            model = _model(args, name, channels, classes=1)
             settings = Settings(args.data, size, model, **{"autocast": _autocast(args), **_options(args)})
+            dataset = load_dataset(args.data, size, channels)
+            settings = replace(settings, model=replace(model, num_classes=len(dataset.classes)))
         _report_skipped(dataset.skipped)
         trainer = Trainer(settings, dataset, args.device)
         if args.resume:
             trainer.load(path)
+        make_writable("--out", args.out)
         finished = train(
             trainer,
             args.out,
@@ -169,7 +183,9 @@ def run(args: argparse.Namespace) -> int:
             guidance=args.guidance,
             quiet=args.quiet,
         )
-    except (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except (
+        ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError,
+    ) as error:  # fmt: skip
         raise UsageError(str(error)) from error
     if finished:
         print(f"{trainer.steps_done} steps done: {path}")

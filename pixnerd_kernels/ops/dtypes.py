@@ -9,11 +9,20 @@ from torch import Tensor
 
 # torch.is_autocast_enabled raises for others, and torch 2.6's compiler cannot trace is_autocast_available.
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half types, the dtype itself otherwise."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device, and casts such a tensor."""
+    kind = tensor.device.type
+    if kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
+        return False
+    return tensor.dtype in _AUTOCAST_DTYPES
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -24,5 +33,4 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     if not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
-    eligible = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _AUTOCAST_DTYPES else t for t in tensors)

@@ -156,6 +156,7 @@ def bad_inputs(folder):
         "a word for a number": ([photo, "--size", "big"], ["--size", "big"]),
         "no learning": ([photo, "--lr", "0"], ["--lr", "above 0", "0"]),
         "not finite": ([photo, "--lr", "nan"], ["--lr", "nan"]),
+        "too large a seed": ([photo, "--seed", "9" * 20], ["--seed", "at most 9223372036854775807"]),
         "aliasing": ([photo, "--frequencies", "16"], ["--frequencies", "16"]),
         "crop outside": ([photo, "--crop", "48", "0"], ["--crop", "48x32", "[48, 0]"]),
     }
@@ -165,8 +166,8 @@ def bad_inputs(folder):
     "name",
     [
         "missing", "directory", "not an image", "truncated", "tiny", "downscaled below a patch", "out is a file",
-        "out below a file", "negative steps", "a word for a number", "no learning", "not finite", "aliasing",
-        "crop outside",
+        "out below a file", "negative steps", "a word for a number", "no learning", "not finite",
+        "too large a seed", "aliasing", "crop outside",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_code_2(name, photograph, tmp_path, capsys, monkeypatch):

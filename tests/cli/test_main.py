@@ -1,14 +1,15 @@
 """The `pixnerd` command itself: exit codes, one-line errors, the module entry, info."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from pixnerd_kernels import __version__, backends
-from pixnerd_kernels.cli import COMMANDS, info, main
+from pixnerd_kernels import __version__, backends, training
+from pixnerd_kernels.cli import COMMANDS, arguments, info, main
 
 
 def test_help_names_every_command(capsys):
@@ -34,6 +35,60 @@ def test_mistakes_are_one_line_and_code_2(argv, words, capsys):
     assert err.startswith("pixnerd")
     for word in words:
         assert word in err
+
+
+DEVICE_COMMANDS = (["sample", "absent.ckpt"], ["train", "--data", "digits"])
+
+
+def refused(argv, capsys):
+    """The one line on stderr of a command that ends with code 2."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith(f"pixnerd {argv[0]}: error: ")
+    return err
+
+
+@pytest.mark.parametrize("argv", DEVICE_COMMANDS, ids=lambda argv: argv[0])
+@pytest.mark.parametrize("device", ["foo", "cuda", "cuda:1", "mps", "meta", ""])
+def test_a_device_that_is_not_there_is_named(argv, device, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    line = refused([*argv, "--device", device], capsys)
+    assert f"--device: expected cpu (torch finds no accelerator here), got {device!r}" in line
+
+
+@pytest.mark.parametrize("argv", DEVICE_COMMANDS, ids=lambda argv: argv[0])
+def test_the_devices_that_are_there_are_listed(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    line = refused([*argv, "--device", "cuda:2"], capsys)
+    assert "--device: expected one of cpu, cuda, cuda:0, cuda:1, got 'cuda:2'" in line
+    assert [arguments.device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+
+
+@pytest.mark.parametrize("argv", [*DEVICE_COMMANDS, ["fit", "china"]], ids=lambda argv: argv[0])
+def test_a_forced_backend_that_cannot_run_is_refused_before_the_work(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with backends.use_backend("triton"):
+        line = refused(argv, capsys)
+    assert re.search("PIXNERD_BACKEND: .* forced backend 'triton': - it needs CUDA tensors", line)
+
+
+def test_a_forced_backend_that_gives_up_later_is_one_line(tmp_path, monkeypatch, capsys):
+    """Some of its limits show in the model's sizes only."""
+
+    def train(*_, **__):
+        raise NotImplementedError(
+            "pixel_decoder cannot run on the forced backend 'triton':\n  - one\n  - two"
+        )
+
+    monkeypatch.setattr(training, "train", train)
+    line = refused(["train", "--data", "digits", "--out", str(tmp_path / "run")], capsys)
+    assert "pixel_decoder cannot run on the forced backend 'triton': - one - two" in line
 
 
 def test_interruption_exits_130(monkeypatch, capsys):

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pixnerd_kernels.cli import main
+from pixnerd_kernels.diffusion import pictures
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -170,7 +171,6 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         ([run, "--size", "9"], "size: expected a multiple of 2"),
         ([run, "--out", "x.jpg"], "--out: expected a .png file"),
         ([run, "--gif", "x.png"], "--gif: expected a .gif file"),
-        ([run, "--order", "7"], "order: expected at most 4"),
         ([tmp_path / "absent.safetensors"], "no checkpoint at"),
         ([tmp_path / "absent.ckpt"], "no checkpoint at"),
         ([broken], "broken.ckpt: "),
@@ -183,3 +183,42 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         assert err.count("\n") == 1, err
         assert words in err
     assert not (tmp_path / "g.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--order=7"], "--order: expected an integer of at most 4, got '7'"),
+        (["--steps=0"], "--steps: expected an integer of at least 1, got '0'"),
+        (["--n=-2"], "--n: expected an integer of at least 1, got '-2'"),
+        (["--guidance=inf"], "--guidance: expected a finite number, got 'inf'"),
+        (["--guidance-interval", "nan", "1"], "--guidance-interval: expected a finite number, got 'nan'"),
+        (["--guidance-interval", "0.9", "0.1"], "--guidance-interval: expected LOW up to HIGH, got 0.9 0.1"),
+        (["--fine-from=1.5"], "--fine-from: expected a time from 0 to below 1, got 1.5"),
+        (["--fine-from=-1"], "--fine-from: expected a time from 0 to below 1, got -1"),
+        (["--timeshift=0"], "--timeshift: expected a finite number above 0, got '0'"),
+        (["--seed=9223372036854775808"], "--seed: expected an integer of at most 9223372036854775807"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_numbers_are_refused_before_the_checkpoint_is_read(options, words, tmp_path, capsys):
+    assert sample(tmp_path / "absent.ckpt", tmp_path / "g.png", *options) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert words in err
+
+
+@pytest.mark.parametrize("argument", ["--out", "--gif"])
+def test_a_folder_that_cannot_be_written_is_refused_before_drawing(
+    argument, run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(pictures, "draw", lambda *_, **__: pytest.fail("the images are drawn"))
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / ("x.gif" if argument == "--gif" else "x.png")
+    assert sample(run, tmp_path / "g.png", argument, path) == 2
+    assert f"{argument}: expected a folder that can be written" in capsys.readouterr().err
+
+
+def test_the_largest_seed_draws(run, tmp_path):
+    assert sample(run, tmp_path / "g.png", "--n", 1, "--steps", 1, "--seed", 2**63 - 1) == 0

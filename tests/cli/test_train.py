@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pixnerd_kernels import training
 from pixnerd_kernels.cli import main
 from pixnerd_kernels.training import checkpoint
 
@@ -128,6 +129,45 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "found none" in failure(capsys, "--data", tmp_path / "empty", "--out", run)
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--guidance=nan", "--guidance: expected a finite number, got 'nan'"),
+        ("--guidance=-inf", "--guidance: expected a finite number, got '-inf'"),
+        ("--guidance=strong", "--guidance: expected a finite number, got 'strong'"),
+        ("--steps=-1", "--steps: expected an integer of at least 1, got '-1'"),
+        ("--batch-size=0", "--batch-size: expected an integer of at least 1, got '0'"),
+        ("--sample-steps=0", "--sample-steps: expected an integer of at least 1, got '0'"),
+        ("--sample-steps=9999999999", "--sample-steps: expected an integer of at most 2147483647"),
+        ("--sample-every=-1", "--sample-every: expected an integer of at least 0, got '-1'"),
+        ("--learning-rate=0", "--learning-rate: expected a finite number above 0, got '0'"),
+        ("--ema=nan", "--ema: expected a finite number, got 'nan'"),
+        ("--ema=2", "ema: expected a number from 0 to 1, got 2.0"),
+        ("--cooldown=-1", "cooldown: expected a number from 0 to 1, got -1.0"),
+        ("--class-dropout=1.5", "class_dropout: expected a number from 0 to 1, got 1.5"),
+        ("--weight-decay=-1", "weight_decay: expected a finite number of at least 0, got -1.0"),
+        ("--decoder-scales=0.5", "decoder_scales: expected a finite number of at least 1, got 0.5"),
+        ("--hidden-size=33", "hidden_size: expected a multiple of 4 * num_heads"),
+        ("--patch-size=5", "size: expected a multiple of the patch size 5, got 64"),
+    ],
+)
+def test_numbers_are_refused_before_the_images_are_read(option, words, tmp_path, monkeypatch, capsys):
+    def load_dataset(*_):
+        raise AssertionError("the images are read")
+
+    monkeypatch.setattr(training, "load_dataset", load_dataset)
+    out = tmp_path / "run"
+    assert words in failure(capsys, "--data", tmp_path, "--out", out, option)
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("the run began"))
+    (tmp_path / "file").touch()
+    line = failure(capsys, "--data", "digits", "--out", tmp_path / "file" / "run", *TINY)
+    assert "--out: expected a folder that can be written" in line
 
 
 def test_a_run_is_neither_overwritten_nor_continued_otherwise(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,19 @@ def decode(case: Case, tensors: Mapping[str, Tensor], **options) -> Tensor:
         decoder_scale=case.scale,
         **options,
     )
+
+
+def op_arguments(case: Case, forced: str, save_weights: bool = False, leaves: bool = True) -> tuple[Any, ...]:
+    """Arguments of the registered op for a workspace of two patches."""
+    tensors = {name: tensor.requires_grad_(leaves) for name, tensor in case.inputs().items()}
+    listed = [[tensors[f"{kind}.{k}"] for k in range(case.blocks)] for kind in ("generator", "norm")]
+    biases = [tensors[f"bias.{k}"] for k in range(case.blocks)] if case.bias else []
+    last = [tensors.get(name) for name in ("norm_weight", "linear_weight", "linear_bias")]
+    flags = [name in case.normalize for name in ("w1", "w2", "w_gate")]
+    options = (case.activation, 1e-6, 1e-12, case.workspace(2), save_weights, forced)
+    first = [tensors.get(name) for name in ("image", "hidden", "embed_weight", "embed_bias")]
+    positions = (list(case.pixels), case.encoding, case.frequencies, (1.0, 1.0))
+    return *first, listed[0], biases, listed[1], *last, *positions, case.gated, flags, *options
 
 
 def plain_decoder(case: Case, tensors: Mapping[str, Tensor]) -> Tensor:

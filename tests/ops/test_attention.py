@@ -43,6 +43,56 @@ def test_every_problem_is_named():
         attention(q, q, q.double())
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "flash2"])
+@pytest.mark.parametrize(
+    ("mask", "kind", "message"),
+    [
+        (torch.ones(3, 6).bool(), ValueError, "what broadcasts to [B, heads, L, M] = [2, 4, 3, 7], got [3, 6]"),
+        (torch.ones(7, 3).bool(), ValueError, "got [7, 3]"),
+        (torch.ones(7).bool(), ValueError, "got [7]"),
+        (torch.ones(2, 3, 7).bool(), ValueError, "got [2, 3, 7]"),
+        (torch.ones(1, 2, 4, 3, 7).bool(), ValueError, "got [1, 2, 4, 3, 7]"),
+        (torch.ones(3, 7, device="meta").bool(), ValueError, "the device of q (cpu)"),
+        (torch.ones(3, 7).long(), TypeError, "torch.bool or the dtype of q (torch.bfloat16), got [3, 7] torch.int64"),
+        (torch.ones(3, 7), TypeError, "torch.bool or the dtype of q (torch.bfloat16), got [3, 7] torch.float32"),
+        (torch.ones(3, 7).to_sparse(), TypeError, "a dense (strided) tensor, got torch.sparse_coo"),
+        ([[True]], TypeError, "a dense (strided) tensor, got [[True]] (list)"),
+    ],
+    ids=[
+        "keys", "transposed", "vector", "batch for heads", "rank", "device", "integers", "dtype", "sparse", "list",
+    ],
+)  # fmt: skip
+def test_a_mask_that_does_not_fit_is_named(backend, mask, kind, message):
+    q, k = torch.zeros(2, 3, 4, 8).bfloat16(), torch.zeros(2, 7, 4, 8).bfloat16()
+    with pytest.raises(kind) as caught:
+        attention(q, k, k, mask=mask, backend=backend)
+    assert "attention: mask: expected" in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 7), (1, 7), (3, 1), (4, 3, 7), (2, 1, 1, 7), (2, 4, 3, 7)], ids=str)
+def test_masks_that_fit(shape, dtype):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 3, 4, 8).double(), torch.randn(2, 7, 4, 8).double()
+    mask = bias = torch.randn(shape, dtype=torch.float64)
+    if dtype == torch.bool:
+        mask = torch.rand(shape) > 0.3
+        mask[..., :1] = True
+        bias = torch.where(mask, 0.0, -torch.inf).double()
+    torch.testing.assert_close(attention(q, k, k, mask=mask), formula(q, k, k, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_casts_the_mask_along_with_q(dtype):
+    torch.manual_seed(0)
+    q, k, mask = torch.randn(2, 3, 4, 8), torch.randn(2, 7, 4, 8), torch.randn(3, 7).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, k, mask=mask)
+    q, k, mask = (t.bfloat16() for t in (q, k, mask))
+    assert torch.equal(out, attention(q, k, k, mask=mask))
+
+
 @pytest.fixture
 def packages(monkeypatch):
     """FlashAttention packages of our own making, installed or not, which note what they are called with."""

@@ -242,6 +242,12 @@ def test_backward_keeps_its_backend_and_saves_only_w(core_calls):
 WRONG = [
     (([1.0],), TypeError, "w: expected a float32, float64, bfloat16 or float16 tensor, got [1.0] (list)"),
     ((torch.zeros(2, 3).int(),), TypeError, "got [2, 3] torch.int32 on cpu"),
+    (
+        (torch.ones(2, 3).to_sparse(),),
+        TypeError,
+        "w: expected a dense (strided) tensor, got torch.sparse_coo",
+    ),
+    ((torch.ones(2, 3).to_mkldnn(),), TypeError, "w: expected a dense (strided) tensor, got torch._mkldnn"),
     ((torch.tensor(1.0),), ValueError, "w: expected at least one dimension"),
     ((torch.zeros(3),), ValueError, "dim: expected a dimension of w, -1 to 0, got -2 (int)"),
     ((torch.zeros(2, 3), 2), ValueError, "dim: expected a dimension of w, -2 to 1, got 2 (int)"),

@@ -1,10 +1,11 @@
 """pixel_decoder's complaints name the argument, what was expected and what came, all at once."""
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
-from decoders import Case
+from decoders import Case, op_arguments
 
 from pixnerd_kernels import pixel_decoder, use_backend
 
@@ -114,3 +115,75 @@ def test_parameters_of_another_kind():
 def test_a_backend_that_cannot_run_says_why():
     with use_backend("triton"), pytest.raises(NotImplementedError, match="pixel_decoder"):
         call()
+
+
+NAMES = (
+    "image", "hidden", "embed_weight", "embed_bias", "generators", "biases", "norms", "final_norm", "linear_weight",
+    "linear_bias", "patch",
+)  # fmt: skip
+#: Arguments of the registered op in place of those of CASE, and words of the complaint.
+DIRECT = {
+    "image rank": ({"image": torch.ones(3, 4, 12)}, r"image: expected 4 dimensions, got \[3, 4, 12\]"),
+    "hidden rank": ({"hidden": torch.ones(6, 9)}, "hidden: expected 3 dimensions"),
+    "embedding rank": ({"embed_weight": torch.ones(16)}, "embed_weight: expected 2 dimensions"),
+    "generator rank": ({"generators": [torch.ones(768)] * 2}, "generators: expected 2 dimensions"),
+    "no generators": ({"generators": []}, "generators, norms, biases do not fit"),
+    "generator rows": (
+        {"generators": [torch.ones(33, 9)] * 2, "biases": [torch.ones(33)] * 2},
+        "pixel_decoder: generators do not fit",
+    ),
+    "lost weight": (
+        {"linear_weight": None},
+        r"linear_bias: expected None where linear_weight is None, got \[3\]",
+    ),
+    "no pixels": (
+        {"patch": [0, 4]},
+        r"patch: expected two sizes that divide the image's 4 x 12, got \[0, 4\]",
+    ),
+    "one size": ({"patch": [4]}, r"patch: .* got \[4\]"),
+    "pixels left over": ({"image": torch.ones(2, 3, 4, 13)}, "patch: .* the image's 4 x 13"),
+}
+
+
+def direct(changes):
+    arguments = op_arguments(CASE, "reference", leaves=False)
+    named = dict(zip(NAMES, arguments, strict=False))
+    return *{**named, **changes}.values(), *arguments[len(NAMES) :]
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_the_registered_op_names_what_does_not_fit(name):
+    changes, pattern = DIRECT[name]
+    with pytest.raises(ValueError, match=pattern):
+        torch.ops.pixnerd.pixel_decoder(*direct(changes))
+
+
+def test_the_registered_op_names_another_device():
+    """Called as for tensors of any device: for meta tensors torch would take the fake."""
+    arguments = direct({"embed_bias": torch.ones(16, device="meta")})
+    with pytest.raises(ValueError, match=r"devices do not fit the image .* on cpu"):
+        importlib.import_module("pixnerd_kernels.ops.pixel_decoder")._forward(*arguments)
+
+
+WEIGHTS = "saved: expected nothing or the generated weights [2, 6, 768] torch.float32 on cpu, got "
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"saved": torch.ones(3)}, WEIGHTS + "[3] torch.float32"),
+        ({"saved": torch.ones(2, 5, 768)}, WEIGHTS + "[2, 5, 768] torch.float32"),
+        ({"saved": torch.ones(2, 6, 768).double()}, WEIGHTS + "[2, 6, 768] torch.float64"),
+        ({"needs": [True]}, "needs: expected 13 values, one for each tensor, got 1"),
+        (
+            {"grad": torch.ones(2, 3, 4, 8)},
+            "grad: expected the result's shape, dtype and device, got [2, 3, 4, 8]",
+        ),
+    ],
+    ids=["saved rank", "saved patches", "saved dtype", "needs", "grad"],
+)
+def test_the_registered_backward_names_what_does_not_fit(changes, message):
+    given = {"grad": CASE.upstream(), "saved": torch.empty(0), "needs": [True] * 13, **changes}
+    with pytest.raises(ValueError) as caught:
+        torch.ops.pixnerd.pixel_decoder_backward(*given.values(), *direct({}))
+    assert message in str(caught.value)

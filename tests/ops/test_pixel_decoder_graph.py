@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from decoders import Case, decode, expected, results
+from decoders import Case, decode, expected, op_arguments, results
 from tolerance import assert_same, assert_within
 
 from pixnerd_kernels import nn, use_backend
@@ -15,19 +15,6 @@ CASES = [
     Case(patch=2, d=5, d1=4, d2=6, blocks=1, final_norm=False, normalize=("w1",), encoding="rope"),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=["c2i", "radiance", "t2i"])
-
-
-def op_arguments(case, forced, save_weights=False, leaves=True):
-    """Arguments of the registered op for a workspace of two patches."""
-    tensors = {name: tensor.requires_grad_(leaves) for name, tensor in case.inputs().items()}
-    listed = [[tensors[f"{kind}.{k}"] for k in range(case.blocks)] for kind in ("generator", "norm")]
-    biases = [tensors[f"bias.{k}"] for k in range(case.blocks)] if case.bias else []
-    last = [tensors.get(name) for name in ("norm_weight", "linear_weight", "linear_bias")]
-    flags = [name in case.normalize for name in ("w1", "w2", "w_gate")]
-    options = (case.activation, 1e-6, 1e-12, case.workspace(2), save_weights, forced)
-    first = [tensors.get(name) for name in ("image", "hidden", "embed_weight", "embed_bias")]
-    positions = (list(case.pixels), case.encoding, case.frequencies, (1.0, 1.0))
-    return *first, listed[0], biases, listed[1], *last, *positions, case.gated, flags, *options
 
 
 @pytest.mark.parametrize("save_weights", [False, True], ids=["recompute", "save"])
@@ -46,6 +33,19 @@ def test_opcheck_backward(any_isa, case, every):
     needs = [index == 0 or (every and t is not None) for index, t in enumerate(flat)]
     call = (case.upstream(), torch.empty(0), needs, *arguments)
     torch.library.opcheck(torch.ops.pixnerd.pixel_decoder_backward.default, call)
+
+
+@cases
+def test_saved_weights_may_have_any_strides(any_isa, case):
+    """Kernels read rows whose neighbours are neighbours in memory."""
+    arguments = op_arguments(case, any_isa.name, save_weights=True, leaves=False)
+    _, saved = torch.ops.pixnerd.pixel_decoder(*arguments)
+    needs = [t is not None for a in arguments[:10] for t in (a if isinstance(a, list) else [a])]
+    backward = torch.ops.pixnerd.pixel_decoder_backward
+    dense, apart = (
+        backward(case.upstream(), weights, needs, *arguments) for weights in (saved, saved.mT.contiguous().mT)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(dense, apart, strict=True))
 
 
 @pytest.mark.parametrize("name", ["image", "generator.0"])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.attention import flash
+from pixnerd_kernels.ops.dtypes import autocasts
 
 #: In order of preference for tensors that flash kernels take; "sdpa" takes all others.
 BACKENDS = ("flash3", "flash4", "flash2", "sdpa")
@@ -22,7 +23,7 @@ def attention(
         q: [B, L, heads, d], any strides.
         k, v: [B, M, heads, d].
         mask: [L, M] or what broadcasts to [B, heads, L, M]; booleans (True takes part) or addends of the
-            logits.
+            logits, in q's dtype.
         backend: "flash3" (package flash_attn_interface), "flash4" (flash_attn.cute), "flash2" (flash_attn), or "sdpa",
             torch's scaled_dot_product_attention, which picks a flash or cuDNN kernel on a GPU and its flash kernel on
             a CPU. "auto" takes the first of these that runs here for these tensors; under torch.compile it is "sdpa",
@@ -44,6 +45,8 @@ def attention(
             problems.add("k", f"batch, heads and d of q {list(q.shape)}", k)
         if v.shape != k.shape:
             problems.add("v", f"the shape of k {list(k.shape)}", v)
+        if mask is not None:
+            _check_mask(problems, q, k, mask)
     problems.same_dtype("q", q, [("k", k), ("v", v)])
     problems.same_device("q", q, [("k", k), ("v", v), ("mask", mask)])
     problems.choice("backend", backend, ("auto", *BACKENDS))
@@ -53,6 +56,19 @@ def attention(
         return flash.run(chosen, q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _check_mask(problems: Problems, q: Tensor, k: Tensor, mask: object) -> None:
+    if not isinstance(mask, Tensor) or mask.layout != torch.strided:
+        problems.add_type("mask", "a dense (strided) tensor", getattr(mask, "layout", mask))
+        return
+    # torch takes float32 beside any dtype, but of its GPU kernels one refuses it and one reads it as q's dtype.
+    if mask.dtype not in (torch.bool, q.dtype) and not (autocasts(q) and autocasts(mask)):
+        problems.add_type("mask", f"torch.bool or the dtype of q ({q.dtype})", mask)
+    whole = [q.shape[0], q.shape[2], q.shape[1], k.shape[1]]
+    fits = all(size in (1, full) for size, full in zip(mask.shape[::-1], whole[::-1], strict=False))
+    if not 2 <= mask.dim() <= 4 or not fits:
+        problems.add("mask", f"[L, M] or what broadcasts to [B, heads, L, M] = {whole}", mask)
 
 
 def select(q: Tensor, mask: Tensor | None = None, backend: str = "auto") -> str:

@@ -54,6 +54,8 @@ def _check(w: object, dim: object, eps: object) -> None:
     rank = w.dim() if isinstance(w, Tensor) else 0
     if not isinstance(w, Tensor) or w.dtype not in FLOATS:
         problems.add_type("w", "a float32, float64, bfloat16 or float16 tensor", w)
+    elif w.layout != torch.strided:
+        problems.add_type("w", "a dense (strided) tensor", w.layout)
     elif rank == 0:
         problems.add("w", "at least one dimension", w)
     if isinstance(dim, bool) or not isinstance(dim, int):

@@ -182,19 +182,40 @@ def _call(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Exported programs and graph passes call the op without the public function's checks: what the core relies on
     is checked once more."""
+    _check_ranks(image, hidden, embed_weight, generators)
+    if len(patch) != 2 or min(patch) < 1 or image.shape[2] % patch[0] or image.shape[3] % patch[1]:
+        sizes = " x ".join(map(str, image.shape[2:]))
+        raise ValueError(f"patch: expected two sizes that divide the image's {sizes}, got {list(patch)}")
+    if linear_weight is None and linear_bias is not None:
+        raise ValueError(
+            f"linear_bias: expected None where linear_weight is None, got {describe(linear_bias)}"
+        )
+    others = (
+        hidden,
+        embed_weight,
+        embed_bias,
+        generators,
+        biases,
+        norms,
+        final_norm,
+        linear_weight,
+        linear_bias,
+    )
     rows = [generator.shape for generator in generators]
     grid = (image.shape[2] // patch[0]) * (image.shape[3] // patch[1])
     channels = embed_weight.shape[:1]
+    unit = max((3 if gated else 2) * channels[0], 1)
     fits = {
         "hidden": hidden.shape[:2] == (image.shape[0], grid),
         "embed_weight": embed_weight.shape[1] == image.shape[1] + max_freqs**2,
         "embed_bias": embed_bias is None or embed_bias.shape == channels,
-        "generators": len(set(rows)) == 1 and rows[0][1] == hidden.shape[2],
+        "generators": len(set(rows)) == 1 and rows[0][1] == hidden.shape[2] and not rows[0][0] % unit,
         "norms": [n.shape for n in norms] == [channels] * len(rows),
-        "biases": not biases or [b.shape for b in biases] == [rows[0][:1]] * len(rows),
+        "biases": not biases or [b.shape for b in biases] == [row[:1] for row in rows],
         "final_norm": final_norm is None or final_norm.shape == channels,
         "linear_weight": linear_weight is None or linear_weight.shape[1:] == channels,
         "linear_bias": linear_bias is None or linear_bias.shape == linear_weight.shape[:1],
+        "devices": {image.device} == {t.device for t in _flatten(others) if t is not None},
         "dtypes": {image.dtype} == {t.dtype for t in (hidden, *generators, *biases)},
     }
     if wrong := [name for name, fit in fits.items() if not fit]:
@@ -205,6 +226,31 @@ def _call(  # type: ignore[no-untyped-def]
         tuple(patch), encoding, max_freqs, tuple(scale),
         gated, normalize, activation, norm_eps, weight_eps, workspace,
     )  # fmt: skip
+
+
+def _check_ranks(image: Tensor, hidden: Tensor, embed_weight: Tensor, generators: Sequence[Tensor]) -> None:
+    named = [("image", image, 4), ("hidden", hidden, 3), ("embed_weight", embed_weight, 2)]
+    for name, tensor, rank in (*named, *(("generators", generator, 2) for generator in generators)):
+        if tensor.dim() != rank:
+            raise ValueError(f"{name}: expected {rank} dimensions, got {describe(tensor)}")
+
+
+def _check_backward(
+    call: chunks.Call, grad: Tensor, saved: Tensor, needs: Sequence[bool], count: int
+) -> None:
+    """grad, saved and needs fit the call, which has `count` tensors."""
+    image = call.image
+    expected = (image.shape[0], call.out_channels, *image.shape[2:])
+    if (grad.shape, grad.dtype, grad.device) != (expected, image.dtype, image.device):
+        raise ValueError(f"grad: expected the result's shape, dtype and device, got {describe(grad)}")
+    kept = (len(call.generators), call.patches, call.generators[0].shape[0])
+    if saved.numel() and (saved.shape, saved.dtype, saved.device) != (kept, image.dtype, image.device):
+        raise ValueError(
+            f"saved: expected nothing or the generated weights {list(kept)} {image.dtype} on {image.device}, "
+            f"got {describe(saved)}"
+        )
+    if len(needs) != count:
+        raise ValueError(f"needs: expected {count} values, one for each tensor, got {len(needs)}")
 
 
 #: Arguments of the op that hold tensors: image to linear_bias.
@@ -222,11 +268,9 @@ def _forward(*arguments):  # type: ignore[no-untyped-def]
 def _backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
     *arguments, _, forced = arguments
     call = _call(*arguments)
-    if (
-        grad.shape != (call.image.shape[0], call.out_channels, *call.image.shape[2:])
-        or grad.dtype != call.image.dtype
-    ):
-        raise ValueError(f"grad: expected the result's shape and dtype, got {describe(grad)}")
+    flat = _flatten(arguments[:_TENSORS])
+    _check_backward(call, grad, saved, needs, len(flat))
+    saved = dense_rows(saved)
     image, hidden, embed_weight, embed_bias, *rest = needs
     count, biases = len(call.generators), len(call.biases)
     shared = any((embed_weight, embed_bias, *rest[count + biases :]))
@@ -235,7 +279,6 @@ def _backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
         found = chunks.backward(_backend(call, forced), call, grad, saved, wanted)
         first, last = found.shared(call)
     own = [found.image, found.hidden, *first, *found.generators, *found.biases, *last]
-    flat = _flatten(arguments[:_TENSORS])
     return [
         _gradient_like(gradient if need else None, tensor, call.image)
         for gradient, need, tensor in zip(own, needs, flat, strict=True)
