@@ -116,7 +116,7 @@ void define_pixel_decoder(py::module_& m) {
       "matmul",
       [](std::int64_t rows, std::int64_t columns, std::int64_t depth, const Strided& a, int a_dtype, const Strided& b,
          int b_dtype, std::int64_t bias, std::int64_t c, std::int64_t row_stride, int dtype, bool accumulate,
-         int threads) {
+         bool row_invariant, int threads) {
         py::gil_scoped_release release;
         pixnerd::matmul({.rows = rows,
                          .columns = columns,
@@ -128,11 +128,12 @@ void define_pixel_decoder(py::module_& m) {
                          .row_stride = row_stride,
                          .dtype = static_cast<DType>(dtype),
                          .accumulate = accumulate,
+                         .row_invariant = row_invariant,
                          .threads = threads});
       },
       py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a"), py::arg("a_dtype"),
       py::arg("b"), py::arg("b_dtype"), py::arg("bias"), py::arg("c"), py::arg("row_stride"), py::arg("dtype"),
-      py::arg("accumulate"), py::arg("threads"));
+      py::arg("accumulate"), py::arg("row_invariant"), py::arg("threads"));
 
   py::class_<pixnerd::PixelDecoder>(m, "PixelDecoder", "Sizes, options and addresses of one run of patches.")
       .def(py::init(&decoder), py::kw_only(), py::arg("first"), py::arg("count"), py::arg("grid"), py::arg("patch"),

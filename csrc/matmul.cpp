@@ -1,5 +1,6 @@
 #include "matmul.h"
 
+#include "ahead.h"
 #include "gemm.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -127,41 +128,22 @@ Unit<T> unit_at(const Source<T>& s, const Pass& pass, std::int64_t first, const 
   return {data, kRows * s.m.column_stride, s.m.column_stride};
 }
 
-// What will be read of some columns of a source, brought near by a few cache lines at a time, in `steps` of them.
-// Nothing past the source's width is.
-class Ahead {
- public:
-  template <class T>
-  Ahead(const Source<T>& s, const Pass& pass, std::int64_t first, int count, std::int64_t steps) {
-    const std::int64_t rest = s.width - first, columns = rest < count ? rest : count;
-    if (columns <= 0) return;
-    const int size = bytes_of(s.m.dtype);
-    left_ = s.deep() ? columns : pass.depth;
-    run_ = (s.deep() ? pass.depth : columns) * size;
-    step_ = (s.deep() ? s.m.column_stride : s.m.row_stride) * size;
-    line_ = static_cast<const char*>(s.m.data) + s.offset(pass, first) * size;
-    end_ = line_ + run_;
-    const std::int64_t lines = left_ * ((run_ + kCacheLine - 1) / kCacheLine);
-    at_once_ = (lines + steps - 1) / steps;
+// Everything that will be read of columns first ... first + count, in `calls` steps.
+template <class T>
+Ahead ahead_of(const Source<T>& s, const Pass& pass, std::int64_t first, int count, std::int64_t calls) {
+  Ahead ahead;
+  const std::int64_t rest = s.width - first, columns = rest < count ? rest : count;
+  if (columns <= 0) return ahead;
+  const int size = bytes_of(s.m.dtype);
+  const char* data = static_cast<const char*>(s.m.data) + s.offset(pass, first) * size;
+  if (s.deep()) {
+    ahead.add(data, columns, pass.depth * size, s.m.column_stride * size);
+  } else {
+    ahead.add(data, pass.depth, columns * size, s.m.row_stride * size);
   }
-
-  PIXNERD_INLINE void next() {
-    for (std::int64_t i = 0; i < at_once_ && left_ > 0; ++i) {
-      __builtin_prefetch(line_, 0, 2);
-      line_ += kCacheLine;
-      if (line_ >= end_) {
-        end_ += step_;
-        line_ = end_ - run_;
-        --left_;
-      }
-    }
-  }
-
- private:
-  // Runs of neighbours: how many are left, bytes of each, and from the start of one to the next's.
-  std::int64_t left_ = 0, run_ = 0, step_ = 0, at_once_ = 0;
-  const char *line_ = nullptr, *end_ = nullptr;
-};
+  ahead.spread(calls);
+  return ahead;
+}
 
 template <class T>
 struct Target {
@@ -269,7 +251,7 @@ template <bool Deep, class T>
 void run(const Product& p, const Source<T>& strips, const Source<T>& panels, bool flipped, const T* bias) {
   const bool own_strips = flipped == (p.columns >= p.rows);
   const bool computed = p.dtype == DType::kFloat64 || p.dtype == DType::kFloat32;
-  const std::int64_t deepest = own_strips ? kDepth : kOwnPanelDepth;
+  const std::int64_t deepest = own_strips && !p.row_invariant ? kDepth : kOwnPanelDepth;
   const std::int64_t passes = computed && p.depth > deepest ? (p.depth + deepest - 1) / deepest : 1;
   const std::int64_t step = (p.depth + passes - 1) / passes;
   const std::int64_t space_depth = (step + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -297,7 +279,7 @@ void run(const Product& p, const Source<T>& strips, const Source<T>& panels, boo
         T* space = unit_space(worker);
         if (!in_place(strips, i * kUnit)) pack_unit(strips, pass, i * kUnit, space, space_depth);
         const Unit<T> unit = unit_at(strips, pass, i * kUnit, space, space_depth);
-        Ahead ahead(strips, pass, (i + workers) * kUnit, kUnit, columns * blocks_deep);
+        Ahead ahead = ahead_of(strips, pass, (i + workers) * kUnit, kUnit, columns * blocks_deep);
         for (std::int64_t j = 0; j < columns; ++j) {
           finish<Deep>(target, i * kUnit, unit, j * kPanel<T>, panel_space(j), pass.depth, ahead);
         }
@@ -309,7 +291,7 @@ void run(const Product& p, const Source<T>& strips, const Source<T>& panels, boo
       parallel_for(columns, p.threads, [&](int worker, std::int64_t j) {
         T* panel = panel_space(worker);
         pack_panel(panels, pass, j * kPanel<T>, panel);
-        Ahead ahead(panels, pass, (j + workers) * kPanel<T>, kPanel<T>, units * blocks_deep);
+        Ahead ahead = ahead_of(panels, pass, (j + workers) * kPanel<T>, kPanel<T>, units * blocks_deep);
         for (std::int64_t i = 0; i < units; ++i) {
           const Unit<T> unit = unit_at(strips, pass, i * kUnit, unit_space(placed ? 0 : i), space_depth);
           finish<Deep>(target, i * kUnit, unit, j * kPanel<T>, panel, pass.depth, ahead);
@@ -401,7 +383,7 @@ void run(const Product& p) {
       for (std::int64_t c = 0; c < p.columns; ++c) bias[c] = storage.get(stored + c);
     });
   }
-  if (p.rows > 0 && p.rows <= kFewRows && right.deep()) return run_few_rows(p, left, bias);
+  if (p.rows > 0 && p.rows <= kFewRows && right.deep() && !p.row_invariant) return run_few_rows(p, left, bias);
   const bool flipped = right.deep() && (!left.deep() || right.width >= left.width);
   const Source<T>& strips = flipped ? right : left;
   const Source<T>& panels = flipped ? left : right;

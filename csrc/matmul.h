@@ -24,11 +24,13 @@ struct Product {
   std::int64_t row_stride;
   DType dtype;  // of c; kFloat64 computes in double, all others in float
   bool accumulate;
+  bool row_invariant;  // a row of C has the same bits whatever the number of rows, for some speed
   int threads;
 };
 
 // C is written once (read once before with `accumulate`), except that a depth beyond a few thousand is added up in
-// passes where C has the computed type. The order of additions depends on the sizes alone. Throws std::bad_alloc.
+// passes where C has the computed type. The order of additions depends on the sizes alone, with `row_invariant` on
+// depth alone. Throws std::bad_alloc.
 void matmul(const Product& product);
 
 }  // namespace pixnerd

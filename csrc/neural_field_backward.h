@@ -45,10 +45,12 @@ struct BackwardScratch {
 
 // Recompute the hidden layer of a tile and its gradient: fills h, da (and db) from n and g.
 template <class T, class Act>
-void backward_hidden(const Plan<T>& plan, const BackwardScratch<T>& s, int rows) {
+void backward_hidden(const Plan<T>& plan, const BackwardScratch<T>& s, int rows, Ahead& ahead) {
   const int channels = plan.channels, hidden = plan.hidden;
-  multiply_into<T>(rows, hidden, channels, s.n, s.w1.panels, s.h,
-                   [&](Vec<T> v, int c, std::ptrdiff_t) { return v * load<T>(s.w1.scale + c); });
+  multiply_into<T>(rows, hidden, channels, s.n, s.w1.panels, s.h, [&](Vec<T> v, int c, std::ptrdiff_t) {
+    ahead.next();
+    return v * load<T>(s.w1.scale + c);
+  });
   if (!plan.gated) {
     multiply_into<T>(rows, hidden, channels, s.g, s.w2_t, s.da, [&](Vec<T> dh, int c, std::ptrdiff_t at) {
       Vec<T> value, slope;
@@ -94,7 +96,7 @@ void rms_norm_backward(const NeuralField& f, const BackwardScratch<T>& s, std::i
 
 template <class T, class Act>
 void backward_tile(const NeuralField& f, const NeuralFieldGradients& d, const Plan<T>& plan,
-                   const BackwardScratch<T>& s, std::int64_t patch, int first) {
+                   const BackwardScratch<T>& s, std::int64_t patch, int first, Ahead& ahead) {
   const int rows = at_most(plan.tile, plan.pixels - first), channels = plan.channels, hidden = plan.hidden;
   read_rows<T>(f.x, f.dtype, patch, first, rows, channels, s.n);
   if (s.norm_weight) rms_norm<T>(s.n, rows, channels, T(f.norm_eps), s.norm_weight, s.inverse);
@@ -102,7 +104,7 @@ void backward_tile(const NeuralField& f, const NeuralFieldGradients& d, const Pl
   for (int r = 0; r < rows; ++r) {
     for_row(s.g, r, channels, [&](int c, T* p) { store<T>(p, load<T>(p) * load<T>(s.w2.scale + c)); });
   }
-  backward_hidden<T, Act>(plan, s, rows);
+  backward_hidden<T, Act>(plan, s, rows, ahead);
   if (d.w1.data) {
     multiply_transposed<T>(channels, hidden, rows, s.n, s.da, s.d_w1, first > 0);
     multiply_transposed<T>(hidden, channels, rows, s.h, s.g, s.d_w2, first > 0);
@@ -135,10 +137,11 @@ void write_weight_gradient(const Weight<T>& w, bool normalized, Panels<T> d, DTy
 }
 
 // Every wanted gradient of one patch; that of the norm weight is added to d_norm (null: not wanted). The gradient of
-// x may overwrite that of y, and those of the weights the weights.
+// x may overwrite that of y, and those of the weights the weights. `ahead` takes one step for each vector of the
+// hidden layer.
 template <class T, class Act>
 void backward_patch(const NeuralField& f, const NeuralFieldGradients& d, const Plan<T>& plan, BackwardScratch<T>& s,
-                    std::int64_t patch, double* d_norm) {
+                    std::int64_t patch, double* d_norm, Ahead& ahead) {
   const int channels = plan.channels, hidden = plan.hidden;
   pack_weights<T>(f, plan, patch, s);
   transpose<T>(channels, hidden, s.w1.panels, s.w1_t);
@@ -146,7 +149,7 @@ void backward_patch(const NeuralField& f, const NeuralFieldGradients& d, const P
   if (plan.gated) transpose<T>(channels, hidden, s.w_gate.panels, s.w_gate_t);
   for (int first = 0; first < plan.pixels; first += plan.tile) {
     for (int c = 0; c < round_up(channels, kLanes<T>); ++c) s.d_norm[c] = T(0);
-    backward_tile<T, Act>(f, d, plan, s, patch, first);
+    backward_tile<T, Act>(f, d, plan, s, patch, first, ahead);
     for (int c = 0; d_norm && c < channels; ++c) d_norm[c] += s.d_norm[c];
   }
   if (d.w1.data) {

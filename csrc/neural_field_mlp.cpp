@@ -20,14 +20,23 @@ void forward(const NeuralField& f, const MutableMatrices& y) {
   int parts = 1;
   while (parts < tiles && f.patches * parts < f.threads) ++parts;
   const std::int64_t count = tiles ? f.patches * parts : 0;
-  const Scratch scratch(measure.used(), workers_for(count, f.threads));
+  const int workers = workers_for(count, f.threads);
+  const Scratch scratch(measure.used(), workers);
   parallel_for(count, f.threads, [&](int worker, std::int64_t item) {
     Arena<T> arena(scratch.slice(worker));
     ForwardScratch<T> s(f, plan, arena);
     const std::int64_t patch = item / parts;
     const int part = static_cast<int>(item % parts);
+    // What the worker will probably read and write next comes near while it computes.
+    Ahead ahead;
+    if (parts == 1 && patch + workers < f.patches) {
+      add_weights_ahead(f, plan, patch + workers, ahead);
+      add_ahead(ahead, f.x, f.dtype, patch + workers, plan.pixels, plan.channels);
+      add_ahead(ahead, y, f.dtype, patch + workers, plan.pixels, plan.channels);
+    }
+    ahead.spread(hidden_vectors(plan));
     pack_weights<T>(f, plan, patch, s);
-    for (int t = part; t < tiles; t += parts) forward_tile<T, Act>(f, plan, s, patch, t * plan.tile, y);
+    for (int t = part; t < tiles; t += parts) forward_tile<T, Act>(f, plan, s, patch, t * plan.tile, y, ahead);
   });
 }
 
@@ -36,7 +45,8 @@ void backward(const NeuralField& f, const NeuralFieldGradients& d) {
   const Plan<T> plan(f, 3, f.w_gate.data ? 4 : 2, 192 << 10);
   Arena<T> measure(nullptr);
   BackwardScratch<T>(f, plan, measure);
-  const Scratch scratch(measure.used(), workers_for(f.patches, f.threads));
+  const int workers = workers_for(f.patches, f.threads);
+  const Scratch scratch(measure.used(), workers);
   // One row of sums per patch, added up in the patches' order: the same bits on any number of threads.
   const bool wants_norm = d.norm_weight != nullptr;
   const std::size_t sums = wants_norm ? static_cast<std::size_t>(f.patches) * f.channels : 1;
@@ -47,7 +57,15 @@ void backward(const NeuralField& f, const NeuralFieldGradients& d) {
     BackwardScratch<T> s(f, plan, arena);
     double* d_norm = partials ? partials + patch * f.channels : nullptr;
     for (int c = 0; d_norm && c < f.channels; ++c) d_norm[c] = 0;
-    backward_patch<T, Act>(f, d, plan, s, patch, d_norm);
+    Ahead ahead;
+    if (patch + workers < f.patches) {
+      add_weights_ahead(f, plan, patch + workers, ahead);
+      add_ahead(ahead, f.x, f.dtype, patch + workers, plan.pixels, plan.channels);
+      add_ahead(ahead, d.y, f.dtype, patch + workers, plan.pixels, plan.channels);
+      add_ahead(ahead, d.x, f.dtype, patch + workers, plan.pixels, plan.channels);
+    }
+    ahead.spread(hidden_vectors(plan));
+    backward_patch<T, Act>(f, d, plan, s, patch, d_norm, ahead);
   });
   if (wants_norm) {
     for (int c = 0; c < f.channels; ++c) {

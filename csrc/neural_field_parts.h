@@ -2,6 +2,7 @@
 // memory, and rows between tensors and panels.
 #pragma once
 
+#include "ahead.h"
 #include "gemm.h"
 #include "neural_field_mlp.h"
 
@@ -143,6 +144,15 @@ void pack(const Matrices& source, DType dtype, std::int64_t patch, int rows, int
     weight.scale[c] = c >= columns ? T(0) : normalize ? T(1) / (clamped ? T(eps) : norm) : T(1);
     weight.slope[c] = !normalize || clamped ? T(0) : weight.scale[c];
   }
+}
+
+// A patch's matrix (of Matrices or MutableMatrices) will be needed.
+template <class M>
+void add_ahead(Ahead& ahead, const M& m, DType dtype, std::int64_t patch, int rows, int columns) {
+  if (!m.data) return;
+  const int size = bytes_of(dtype);
+  ahead.add(static_cast<const char*>(m.data) + patch * m.patch_stride * size, rows, columns * size,
+            m.row_stride * size);
 }
 
 // Rows first ... first + rows of a stored matrix, as numbers.

@@ -196,13 +196,28 @@ struct ForwardWorker {
       : field(f, plan, arena), ends(d, plan.tile, arena), x(arena.vector(f.pixels * f.channels)) {}
 };
 
+// The weights that a worker will probably need after those of a block: the next block's, or those of the first block
+// of the patch `apart` further on.
+template <class T>
+Ahead next_weights(const PixelDecoder& d, const Plan<T>& plan, std::int64_t patch, int block, std::int64_t apart) {
+  Ahead ahead;
+  const bool last = block + 1 == d.blocks;
+  if (!last || patch + apart < d.count) {
+    const NeuralField next = block_field<T>(d, last ? 0 : block + 1, nullptr);
+    add_weights_ahead(next, plan, last ? patch + apart : patch, ahead);
+  }
+  ahead.spread(hidden_vectors(plan));
+  return ahead;
+}
+
 template <class T, class Act>
 void forward(const PixelDecoder& d, const MutablePlanes& out) {
   const NeuralField first_block = block_field<T>(d, 0, nullptr);
   const Plan<T> plan(first_block, 1, d.gated ? 2 : 1, 96 << 10);
   Arena<T> measure(nullptr);
   ForwardWorker<T>(d, first_block, plan, measure);
-  const Scratch scratch(measure.used(), workers_for(d.count, d.threads));
+  const int workers = workers_for(d.count, d.threads);
+  const Scratch scratch(measure.used(), workers);
   parallel_for(d.count, d.threads, [&](int worker, std::int64_t patch) {
     Arena<T> arena(scratch.slice(worker));
     ForwardWorker<T> w(d, first_block, plan, arena);
@@ -213,7 +228,9 @@ void forward(const PixelDecoder& d, const MutablePlanes& out) {
       const NeuralField f = block_field<T>(d, k, w.x);
       pad<T>(f.norm_weight, f.channels, w.field.norm_weight);
       pack_weights<T>(f, plan, patch, w.field);
-      for_tiles([&](int first, int) { forward_tile<T, Act>(f, plan, w.field, patch, first, {w.x, 0, d.channels}); });
+      Ahead ahead = next_weights<T>(d, plan, patch, k, workers);
+      for_tiles(
+          [&](int first, int) { forward_tile<T, Act>(f, plan, w.field, patch, first, {w.x, 0, d.channels}, ahead); });
     }
     for_tiles([&](int first, int rows) {
       final_norm<T>(d, w.ends, w.x, first, rows, w.field.n, w.field.inverse);
@@ -336,8 +353,9 @@ void backward_run(const PixelDecoder& d, const PixelDecoderGradients& g, const P
     const NeuralField f = block_field<T>(d, k, w.x + k * size);
     pad<T>(f.norm_weight, channels, w.field.norm_weight);
     pack_weights<T>(f, plan, patch, w.field);
+    Ahead ahead = next_weights<T>(d, plan, patch, k, d.count);
     for_tiles([&](int first, int) {
-      forward_tile<T, Act>(f, plan, w.field, patch, first, {w.x + (k + 1) * size, 0, channels});
+      forward_tile<T, Act>(f, plan, w.field, patch, first, {w.x + (k + 1) * size, 0, channels}, ahead);
     });
   }
   if (d.final_norm) pad<T>(d.final_norm, channels, w.field.norm_weight);
@@ -355,7 +373,9 @@ void backward_run(const PixelDecoder& d, const PixelDecoderGradients& g, const P
       gradients.w2 = target(d.gated ? 2 : 1, channels);
       if (d.gated) gradients.w_gate = target(0, d.hidden);
     }
-    backward_patch<T, Act>(f, gradients, plan, w.field, patch, sums ? sums + at.norms + k * channels : nullptr);
+    Ahead none;
+    double* d_norm = sums ? sums + at.norms + k * channels : nullptr;
+    backward_patch<T, Act>(f, gradients, plan, w.field, patch, d_norm, none);
   }
   for_tiles([&](int first, int rows) { embed_backward<T>(d, g, w, place, at, sums, first, rows); });
 }

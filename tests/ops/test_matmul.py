@@ -7,7 +7,7 @@ import torch
 
 from pixnerd_kernels.ops.linear.cpu import matmul
 
-#: Rows, columns, depth: one element; empty; few rows; parts of a vector, a strip, a unit and a panel; several passes of depth.
+#: Rows, columns, depth: one element; empty; few rows; parts of a vector, a strip, a unit and a panel; several passes.
 SIZES = [
     (1, 1, 1),
     (0, 3, 4),
@@ -40,7 +40,7 @@ def check(a, b, bias=None, add=False, dtype=None):
     dtype = dtype or a.dtype
     whole = torch.full((rows + 2, columns + 5), 7.0, dtype=dtype)
     out = whole[1:-1, 2:-3]
-    matmul(a, b, out, bias, add)
+    matmul(a, b, out, bias, add=add)
     wide = [t.double() for t in (a, b)]
     expected = wide[0] @ wide[1] + (0 if bias is None else bias.double()) + (7 if add else 0)
     computed = torch.float64 if dtype == torch.float64 else torch.float32
@@ -86,3 +86,13 @@ def test_threads_do_not_change_the_result(compiled, threads):
         results.append(torch.empty(100, 200))
         matmul(a, b.T, results[-1])
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_rows_may_have_the_same_bits_whatever_their_number(compiled):
+    a, b = torch.randn(300, 3200), torch.randn(90, 3200)
+    whole = torch.empty(300, 90)
+    matmul(a, b.T, whole, row_invariant=True)
+    for count in (1, 3, 33, 90):
+        part = torch.empty(count, 90)
+        matmul(a[:count], b.T, part, row_invariant=True)
+        assert torch.equal(part, whole[:count]), count

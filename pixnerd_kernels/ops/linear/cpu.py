@@ -21,11 +21,21 @@ def _operand(tensor: Tensor) -> Strided:
     return tensor.data_ptr(), row, column
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> None:
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    *,
+    add: bool = False,
+    row_invariant: bool = False,
+) -> None:
     """out (+)= a @ b + bias, accumulated in the computed dtype: float32, for float64 outputs float64.
 
     Args:
         a: [rows, depth]. b: [depth, columns]. bias: [columns] in b's dtype, or None. out: [rows, columns], dense rows.
+        add: to what `out` holds.
+        row_invariant: a row of the result has the same bits whatever the number of rows, for some speed.
     """
     a, b = _readable(a), _readable(b)
     bias = None if bias is None else bias.contiguous()
@@ -42,5 +52,6 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add: b
         row_stride=out.stride(0),
         dtype=DTYPES[out.dtype],
         accumulate=add,
+        row_invariant=row_invariant,
         threads=torch.get_num_threads(),
     )

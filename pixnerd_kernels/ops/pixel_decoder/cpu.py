@@ -29,7 +29,7 @@ def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
     if hidden.dtype != compute_dtype(hidden.dtype):
         reference.generate(hidden, weight, bias, out)
         return
-    matmul(hidden, weight.mT, out, bias)
+    matmul(hidden, weight.mT, out, bias, row_invariant=True)
 
 
 def weight_gradient(total: Tensor, d_generated: Tensor, hidden: Tensor, add: bool) -> None:
@@ -39,7 +39,7 @@ def weight_gradient(total: Tensor, d_generated: Tensor, hidden: Tensor, add: boo
 
 def hidden_gradient(total: Tensor, d_generated: Tensor, weight: Tensor, add: bool) -> None:
     """total [n, D] (+)= d_generated @ weight."""
-    matmul(d_generated, weight, total, add=add)
+    matmul(d_generated, weight, total, add=add, row_invariant=True)
 
 
 def _planes(planes: Tensor | None) -> tuple[int, ...]:
