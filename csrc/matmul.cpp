@@ -2,6 +2,7 @@
 
 #include "ahead.h"
 #include "gemm.h"
+#include "matmul_few_rows.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -302,75 +303,6 @@ void run(const Product& p, const Source<T>& strips, const Source<T>& panels, boo
   } while (k0 < p.depth);
 }
 
-// C of so few rows that time goes into reading B, whose columns are contiguous: each element is a dot product.
-template <class T, int Rows>
-void run_dots(const Product& p, const T* rows, std::int64_t row_stride, const T* bias) {
-  constexpr int n = kLanes<T>, kTogether = 4, kTask = 4 * kTogether;
-  with_storage<T>(p.b.dtype, [&](auto stored) {
-    using Stored = typename decltype(stored)::Stored;
-    const Stored* b = static_cast<const Stored*>(p.b.data);
-    parallel_for((p.columns + kTask - 1) / kTask, p.threads, [&](int, std::int64_t task) {
-      for (std::int64_t c = task * kTask; c < (task + 1) * kTask && c < p.columns; c += kTogether) {
-        const int count = p.columns - c < kTogether ? static_cast<int>(p.columns - c) : kTogether;
-        const Stored* column[kTogether];
-        for (int j = 0; j < kTogether; ++j) column[j] = b + (c + (j < count ? j : 0)) * p.b.column_stride;
-        const Stored* next = c + 2 * kTogether <= p.columns ? column[0] + kTogether * p.b.column_stride : column[0];
-        Block<T, Rows, kTogether> acc;
-        for (std::int64_t k = 0; k < p.depth; k += n) {
-          Vec<T> right[kTogether];
-          const int left = p.depth - k < n ? static_cast<int>(p.depth - k) : n;
-          for (int j = 0; j < kTogether; ++j) {
-            right[j] = load_columns<T>(stored, column[j] + k, 0, left);
-            __builtin_prefetch(next + j * p.b.column_stride + k, 0, 2);
-          }
-          for (int i = 0; i < Rows; ++i) {
-            const Vec<T> v = load<T>(rows + i * row_stride + k);
-            for (int j = 0; j < kTogether; ++j) acc.v[i][j] += v * right[j];
-          }
-        }
-        with_storage<T>(p.dtype, [&](auto storage) {
-          for (int i = 0; i < Rows; ++i) {
-            auto* out = static_cast<typename decltype(storage)::Stored*>(p.c) + i * p.row_stride + c;
-            for (int j = 0; j < count; ++j) {
-              T value = sum<T>(acc.v[i][j]);
-              if (bias) value += bias[c + j];
-              if (p.accumulate) value += storage.get(out + j);
-              storage.put(out + j, value);
-            }
-          }
-        });
-      }
-    });
-  });
-}
-
-constexpr std::int64_t kFewRows = 4;
-
-template <class T>
-void run_few_rows(const Product& p, const Source<T>& left, const T* bias) {
-  const std::int64_t stride = (p.depth + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  const Scratch memory(static_cast<std::size_t>(stride * p.rows) * sizeof(T), 1);
-  T* rows = static_cast<T*>(memory.slice(0));
-  with_storage<T>(left.m.dtype, [&](auto storage) {
-    const auto* a = static_cast<const typename decltype(storage)::Stored*>(left.m.data);
-    for (std::int64_t r = 0; r < p.rows; ++r) {
-      for (std::int64_t k = 0; k < stride; ++k) {
-        rows[r * stride + k] = k < p.depth ? storage.get(a + k * left.m.row_stride + r * left.m.column_stride) : T(0);
-      }
-    }
-  });
-  switch (p.rows) {
-    case 1:
-      return run_dots<T, 1>(p, rows, stride, bias);
-    case 2:
-      return run_dots<T, 2>(p, rows, stride, bias);
-    case 3:
-      return run_dots<T, 3>(p, rows, stride, bias);
-    default:
-      return run_dots<T, kFewRows>(p, rows, stride, bias);
-  }
-}
-
 template <class T>
 void run(const Product& p) {
   const Source<T> left{{p.a.data, p.a.column_stride, p.a.row_stride, p.a.dtype}, p.rows};
@@ -383,7 +315,7 @@ void run(const Product& p) {
       for (std::int64_t c = 0; c < p.columns; ++c) bias[c] = storage.get(stored + c);
     });
   }
-  if (p.rows > 0 && p.rows <= kFewRows && right.deep() && !p.row_invariant) return run_few_rows(p, left, bias);
+  if (p.rows > 0 && p.rows <= kFewRows && right.deep() && !p.row_invariant) return multiply_few_rows(p, bias);
   const bool flipped = right.deep() && (!left.deep() || right.width >= left.width);
   const Source<T>& strips = flipped ? right : left;
   const Source<T>& panels = flipped ? left : right;
