@@ -19,18 +19,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device, and casts such a tensor."""
-    kind = tensor.device.type
-    if kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
-        return False
-    return tensor.dtype in _AUTOCAST_DTYPES
+    return _autocast_is_on(tensor.device.type) and tensor.dtype in _AUTOCAST_DTYPES
+
+
+def _autocast_is_on(kind: str) -> bool:
+    return kind in _AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast to the autocast dtype where autocast is on for the first tensor's device; float64 is left alone."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or first.device.type not in _AUTOCAST_DEVICES:
-        return tensors
-    if not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not _autocast_is_on(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _AUTOCAST_DTYPES else t for t in tensors)
