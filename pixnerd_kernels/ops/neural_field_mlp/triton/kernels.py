@@ -1,6 +1,7 @@
 """The Triton kernels of the neural-field block: a program owns a patch and loops over tiles of its pixels.
 
-`forward_patch` and `backward_patch` do one block of one patch, and are what other kernels that run such blocks call.
+`forward_tile`, `forward_patch` and `backward_patch` do one block of one tile or patch, and are what other kernels that
+run such blocks call.
 """
 
 from __future__ import annotations
@@ -29,6 +30,47 @@ from pixnerd_kernels.ops.neural_field_mlp.triton.parts import (
 
 
 @triton.jit
+def forward_tile(
+    tile, live, w1, w2, w_gate, whole, weight, norm_eps, weight_eps,
+    w1_row: tl.constexpr, w2_row: tl.constexpr, gate_row: tl.constexpr,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    GATED: tl.constexpr, NORM: tl.constexpr,
+    UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """What leaves the block where `tile` [T, C] enters it, in float32.
+
+    whole: all weights, of `load_weights`, where they fit on the chip at once; read chunk by chunk where they do not.
+    """
+    NARROW: tl.constexpr = w1.dtype.element_ty
+    n, _ = field_input(tile, live, norm_eps, NORM, CHANNELS, NARROW, EMULATE)
+    out = tl.zeros([TILE, BLOCK_C], tl.float32)
+    if PIECE * PIECES >= HIDDEN:
+        scaled1, scaled_gate, raw2, squares = whole
+        out = add_products(
+            out, n, scaled1, scaled_gate, raw2, PIECES, GATED, ACTIVATION, FAST, PRECISION, NARROW, EMULATE
+        )
+    else:
+        squares = tl.zeros([BLOCK_C], tl.float32)
+        for first in range(0, HIDDEN, PIECE * PIECES):
+            scaled1, scaled_gate, raw2, part = load_weights(
+                w1, w2, w_gate, w1_row, w2_row, gate_row, weight, weight_eps, first,
+                NORM, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
+            )  # fmt: skip
+            squares += part
+            out = add_products(
+                out, n, scaled1, scaled_gate, raw2, PIECES, GATED, ACTIVATION, FAST, PRECISION, NARROW, EMULATE
+            )  # fmt: skip
+    if UNIT2:
+        out *= inverse_norm(squares, weight_eps)[None, :]
+    if RESIDUAL:
+        out += tile.to(tl.float32)
+    return out
+
+
+@triton.jit
 def forward_patch(
     x, w1, w2, w_gate, y, weight, channels, pixels, first_tile, tiles_apart, norm_eps, weight_eps,
     x_row: tl.constexpr, w1_row: tl.constexpr, w2_row: tl.constexpr, gate_row: tl.constexpr,
@@ -43,13 +85,12 @@ def forward_patch(
 
     AHEAD: the next tile is loaded before this one is computed.
     """
-    NARROW: tl.constexpr = x.dtype.element_ty
-    WHOLE: tl.constexpr = PIECE * PIECES >= HIDDEN
     if AHEAD:
         rows = first_tile * TILE + tl.arange(0, TILE)
         following = load_tile(x, rows, x_row, channels, pixels, CHANNELS)
-    if WHOLE:
-        scaled1, scaled_gate, raw2, squares = load_weights(
+    whole = ()
+    if PIECE * PIECES >= HIDDEN:
+        whole = load_weights(
             w1, w2, w_gate, w1_row, w2_row, gate_row, weight, weight_eps, 0,
             NORM, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
         )  # fmt: skip
@@ -60,27 +101,11 @@ def forward_patch(
             following = load_tile(x, rows + tiles_apart * TILE, x_row, channels, pixels, CHANNELS)
         else:
             tile = load_tile(x, rows, x_row, channels, pixels, CHANNELS)
-        n, _ = field_input(tile, rows < pixels, norm_eps, NORM, CHANNELS, NARROW, EMULATE)
-        out = tl.zeros([TILE, BLOCK_C], tl.float32)
-        if WHOLE:
-            out = add_products(
-                out, n, scaled1, scaled_gate, raw2, PIECES, GATED, ACTIVATION, FAST, PRECISION, NARROW, EMULATE
-            )  # fmt: skip
-        else:
-            squares = tl.zeros([BLOCK_C], tl.float32)
-            for first in range(0, HIDDEN, PIECE * PIECES):
-                scaled1, scaled_gate, raw2, part = load_weights(
-                    w1, w2, w_gate, w1_row, w2_row, gate_row, weight, weight_eps, first,
-                    NORM, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
-                )  # fmt: skip
-                squares += part
-                out = add_products(
-                    out, n, scaled1, scaled_gate, raw2, PIECES, GATED, ACTIVATION, FAST, PRECISION, NARROW, EMULATE
-                )  # fmt: skip
-        if UNIT2:
-            out *= inverse_norm(squares, weight_eps)[None, :]
-        if RESIDUAL:
-            out += tile.to(tl.float32)
+        out = forward_tile(
+            tile, rows < pixels, w1, w2, w_gate, whole, weight, norm_eps, weight_eps, w1_row, w2_row, gate_row,
+            CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
+            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE,
+        )  # fmt: skip
         store_tile(y, rows, CHANNELS, channels, pixels, CHANNELS, out, EMULATE)
 
 
