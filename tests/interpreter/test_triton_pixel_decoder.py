@@ -33,7 +33,10 @@ def run(case, dtype=torch.float32, plan=None, **options):
 
 @pytest.mark.parametrize("case", [PLAIN, GATED], ids=["plain", "gated"])
 def test_forward_reads_the_image_and_the_weights_and_writes_the_result_once(case):
-    """Hidden units that do not fit at once are read for each of two tiles; what blocks hand on waits in scratch."""
+    """Hidden units that do not fit at once are read for each of two tiles; what blocks hand on waits in scratch.
+
+    Neither what enters the first block nor what leaves the last one does.
+    """
     with traced("pixel_decoder_forward") as traffic:
         run(case, plan=PLAN)
     seen = summary(traffic)
@@ -41,6 +44,8 @@ def test_forward_reads_the_image_and_the_weights_and_writes_the_result_once(case
     assert seen["generated"] == (ONCE if case.d2 == PLAN.piece else {2}, NEVER)
     assert seen["out"] == (NEVER, ONCE)
     assert {name for name, (_, stores) in seen.items() if stores != NEVER} == {"out", "scratch"}
+    handed_on = case.columns * case.patch**2 * case.d1 * (case.blocks - 1)
+    assert traffic["scratch"].loads.sum() == traffic["scratch"].stores.sum() == handed_on
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["recompute", "save"])

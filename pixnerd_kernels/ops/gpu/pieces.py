@@ -12,6 +12,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pixnerd_kernels.ops.gpu.launch import interpreting
+
+
+@triton.jit
+def opaque(x):
+    """x, of which the compiler knows nothing: what follows from it is neither kept nor counted up by a loop around."""
+    return tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+if interpreting():  # which has no assembler
+
+    @triton.jit
+    def opaque(x):
+        return x
+
 
 @triton.jit
 def load_tile(pointer, rows, row_stride, columns, row_count, COLUMNS: tl.constexpr):

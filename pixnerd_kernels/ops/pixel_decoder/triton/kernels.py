@@ -3,7 +3,8 @@
 A program owns every num_programs-th patch. What a patch's blocks hand to each other waits in the program's own
 scratch, small enough for the cache; the image is read and written in place.
 
-Forward: a block's weights are read and scaled once.
+Forward: a block's weights are read and scaled once. The embedding belongs to the first block's loop over tiles of
+pixels, the output layer to the last one's.
 
 Backward: the forward runs again, block by block, and keeps what came before each block; the way back reads it and
 leaves its own gradients in the places that fall free. A block's weights are read once on the way there, and on the way
@@ -18,84 +19,84 @@ import triton.language as tl
 from pixnerd_kernels.ops.gpu.pieces import (
     load_tile,
     narrow,
+    opaque,
     rms_norm,
     rms_norm_grad,
     store_tile,
 )
-from pixnerd_kernels.ops.neural_field_mlp.triton.kernels import backward_patch, forward_patch
-from pixnerd_kernels.ops.neural_field_mlp.triton.parts import load_norm
+from pixnerd_kernels.ops.neural_field_mlp.triton.kernels import backward_patch, forward_patch, forward_tile
+from pixnerd_kernels.ops.neural_field_mlp.triton.parts import load_norm, load_weights
 
 
 @triton.jit
 def embed_pixels(
-    image, plane, places, rows, pixels, channels, pixel_weight, table,
-    INPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+    image, image_plane, image_row, image_column, pixel_weight, table, rows, channels,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+    NARROW: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """pixel @ pixel_weight + table for a tile of pixels, [T, C] in float32; zeros beyond pixels and CHANNELS.
+    """pixel @ pixel_weight + table for a tile of a patch's pixels [T, C], rounded; zeros beyond them and CHANNELS.
 
-    pixel_weight [INPUTS, CHANNELS] and table [pixels, CHANNELS] in float32.
+    image points to the patch's first pixel; pixel_weight [INPUTS, CHANNELS] and table [pixels, CHANNELS] in float32.
     """
-    inside = (rows[:, None] < pixels) & (channels[None, :] < CHANNELS)
+    live = rows < HEIGHT * WIDTH
+    inside = live[:, None] & (channels[None, :] < CHANNELS)
     x = tl.load(table + rows[:, None] * CHANNELS + channels[None, :], mask=inside, other=0.0)
+    at = image + (rows // WIDTH).to(tl.int64) * image_row + (rows % WIDTH) * image_column
     # Pointers move on: a product of 32-bit numbers would overflow in a large image.
     for _ in range(INPUTS):
-        pixel = tl.load(image + places, mask=rows < pixels, other=0.0).to(tl.float32)
+        pixel = tl.load(at, mask=live, other=0.0).to(tl.float32)
         row = tl.load(pixel_weight + channels, mask=channels < CHANNELS, other=0.0)
         x += pixel[:, None] * row[None, :]
-        image += plane
+        at += image_plane
         pixel_weight += CHANNELS
-    return x
+    return narrow(x, NARROW, EMULATE)
 
 
 @triton.jit
-def embed_patch(
-    image, image_plane, image_row, image_column, pixel_weight, table, target, channels,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
+def entering_tile(
+    block, kept, image, image_plane, image_row, image_column, pixel_weight, table, rows, channels,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, CHANNELS: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The embedding of one patch's pixels into target [pixels, CHANNELS]; image points to its first pixel."""
-    pixels: tl.constexpr = HEIGHT * WIDTH
-    for start in range(0, pixels, TILE):
-        rows = start + tl.arange(0, TILE)
-        places = (rows // WIDTH).to(tl.int64) * image_row + (rows % WIDTH) * image_column
-        x = embed_pixels(
-            image, image_plane, places, rows, pixels, channels, pixel_weight, table, INPUTS, CHANNELS
-        )
-        store_tile(target, rows, CHANNELS, channels, pixels, CHANNELS, x, EMULATE)
+    """A tile that enters a block [T, C]: the embedding of its pixels, or what the block before kept in scratch."""
+    if block == 0:
+        tile = embed_pixels(
+            image, image_plane, image_row, image_column, pixel_weight, table, rows, channels,
+            HEIGHT, WIDTH, INPUTS, CHANNELS, kept.dtype.element_ty, EMULATE,
+        )  # fmt: skip
+    else:
+        tile = load_tile(kept, rows, CHANNELS, channels, HEIGHT * WIDTH, CHANNELS)
+    return tile
 
 
 @triton.jit
-def write_patch(
-    last, out, out_plane, out_row, final_norm, linear_weight, linear_bias, channels, norm_eps,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
+def write_pixels(
+    x, out, out_plane, out_row, final_norm, linear_weight, linear_bias, rows, channels, norm_eps,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
     FINAL_NORM: tl.constexpr, LINEAR: tl.constexpr, BIAS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The output layer on last [pixels, CHANNELS]: the patch's pixels, or its CHANNELS features without LINEAR.
+    """The output layer on x [T, C] in float32: a tile's pixels, or their CHANNELS features without LINEAR.
 
     out points to the patch's first pixel of the first plane.
     """
-    pixels: tl.constexpr = HEIGHT * WIDTH
-    weight = load_norm(final_norm, 1, channels, FINAL_NORM, CHANNELS)
-    for start in range(0, pixels, TILE):
-        rows = start + tl.arange(0, TILE)
-        live = rows < pixels
-        x = load_tile(last, rows, CHANNELS, channels, pixels, CHANNELS).to(tl.float32)
-        if FINAL_NORM:
-            x, _ = rms_norm(x, live, norm_eps, CHANNELS)
-            x *= weight[None, :]
-        at = out + (rows // WIDTH).to(tl.int64) * out_row + rows % WIDTH
-        if LINEAR:
-            for c in tl.static_range(OUTPUTS):
-                row = tl.load(linear_weight + c * CHANNELS + channels, mask=channels < CHANNELS, other=0.0)
-                value = tl.sum(x * row[None, :], 1)
-                if BIAS:
-                    value += tl.load(linear_bias + c)
-                tl.store(at, narrow(value, out.dtype.element_ty, EMULATE), mask=live)
-                at += out_plane
-        else:
-            inside = live[:, None] & (channels[None, :] < CHANNELS)
-            places = at[:, None] + channels[None, :].to(tl.int64) * out_plane
-            tl.store(places, narrow(x, out.dtype.element_ty, EMULATE), mask=inside)
+    live = rows < HEIGHT * WIDTH
+    if FINAL_NORM:
+        x, _ = rms_norm(x, live, norm_eps, CHANNELS)
+        x *= load_norm(final_norm, 1, channels, True, CHANNELS)[None, :]
+    at = out + (rows // WIDTH).to(tl.int64) * out_row + rows % WIDTH
+    if LINEAR:
+        for c in tl.static_range(OUTPUTS):
+            row = tl.load(linear_weight + c * CHANNELS + channels, mask=channels < CHANNELS, other=0.0)
+            value = tl.sum(x * row[None, :], 1)
+            if BIAS:
+                value += tl.load(linear_bias + c)
+            tl.store(at, narrow(value, out.dtype.element_ty, EMULATE), mask=live)
+            at += out_plane
+    else:
+        inside = live[:, None] & (channels[None, :] < CHANNELS)
+        # As many addresses as numbers: they are not kept from tile to tile either.
+        places = at[:, None] + channels[None, :].to(tl.int64) * opaque(out_plane)
+        tl.store(places, narrow(x, out.dtype.element_ty, EMULATE), mask=inside)
 
 
 # Where a chunk begins and how an image is cut are no reason to compile again.
@@ -113,43 +114,73 @@ def pixel_decoder_forward(
 ):  # fmt: skip
     """Patches first + program_id(0), first + program_id(0) + num_programs(0), ... of out [B, OUTPUTS, H, W], dense.
 
-    A program's scratch has two places [pixels, CHANNELS], which the blocks read and write in turn.
+    The first block's tiles come from the image, the last block's go to out. Between two blocks they wait in one of the
+    two places [pixels, CHANNELS] of a program's scratch, which take turns.
     """
+    pixels: tl.constexpr = HEIGHT * WIDTH
     PLACE: tl.constexpr = HEIGHT * WIDTH * CHANNELS
     FIRST: tl.constexpr = CHANNELS * HIDDEN if GATED else 0
     SECOND: tl.constexpr = FIRST + CHANNELS * HIDDEN
     channels = tl.arange(0, BLOCK_C)
-    patch = tl.program_id(0).to(tl.int64)
-    scratch += patch * (2 * PLACE)
+    patch = tl.program_id(0)
+    scratch += patch.to(tl.int64) * (2 * PLACE)
     image_width = columns_of_patches * WIDTH
     plane = rows_of_patches * HEIGHT * image_width
     while patch < patches:
         batch = (first + patch) // (rows_of_patches * columns_of_patches)
         top = ((first + patch) // columns_of_patches % rows_of_patches) * HEIGHT
         left = ((first + patch) % columns_of_patches) * WIDTH
-        embed_patch(
-            image + batch * image_batch + top * image_row + left * image_column, image_plane, image_row, image_column,
-            pixel_weight, table, scratch, channels, HEIGHT, WIDTH, INPUTS, CHANNELS, TILE, EMULATE,
-        )  # fmt: skip
+        own_image = image + batch.to(tl.int64) * image_batch + top.to(tl.int64) * image_row
+        own_image += left.to(tl.int64) * image_column
+        own_out = out + (batch * OUTPUTS).to(tl.int64) * plane + top.to(tl.int64) * image_width + left
         # Pointers move on from block to block: a product of 32-bit numbers would overflow.
-        own = generated + patch * generated_patch
+        own = generated + patch.to(tl.int64) * generated_patch
         for block in range(BLOCKS):
             # What one thread stored to scratch another may load.
             tl.debug_barrier()
-            forward_patch(
-                scratch + (block % 2) * PLACE, own + FIRST, own + SECOND, own, scratch + (1 - block % 2) * PLACE,
-                load_norm(norms + block * CHANNELS, 1, channels, True, CHANNELS), channels, HEIGHT * WIDTH, 0, 1,
-                norm_eps, weight_eps, CHANNELS, HIDDEN, CHANNELS, HIDDEN, CHANNELS, HIDDEN,
-                TILE, BLOCK_C, PIECE, PIECES, GATED, True, UNIT1, UNIT2, UNIT_GATE,
-                ACTIVATION, True, FAST, PRECISION, EMULATE, AHEAD,
-            )  # fmt: skip
+            source = scratch + (block % 2) * PLACE
+            target = scratch + (1 - block % 2) * PLACE
+            weight = load_norm(norms + block * CHANNELS, 1, channels, True, CHANNELS)
+            if AHEAD:
+                following = entering_tile(
+                    block, source, own_image, image_plane, image_row, image_column, pixel_weight, table,
+                    tl.arange(0, TILE), channels, HEIGHT, WIDTH, INPUTS, CHANNELS, EMULATE,
+                )  # fmt: skip
+            whole = ()
+            if PIECE * PIECES >= HIDDEN:
+                whole = load_weights(
+                    own + FIRST, own + SECOND, own, HIDDEN, CHANNELS, HIDDEN, weight, weight_eps, 0,
+                    True, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
+                )  # fmt: skip
+            for start in range(0, pixels, TILE):
+                # Addresses of the image and the table that were kept from tile to tile would take too many registers.
+                rows = opaque(start) + tl.arange(0, TILE)
+                if AHEAD:
+                    tile = following
+                    following = entering_tile(
+                        block, source, own_image, image_plane, image_row, image_column, pixel_weight, table,
+                        rows + TILE, channels, HEIGHT, WIDTH, INPUTS, CHANNELS, EMULATE,
+                    )  # fmt: skip
+                else:
+                    tile = entering_tile(
+                        block, source, own_image, image_plane, image_row, image_column, pixel_weight, table,
+                        rows, channels, HEIGHT, WIDTH, INPUTS, CHANNELS, EMULATE,
+                    )  # fmt: skip
+                x = forward_tile(
+                    tile, rows < pixels, own + FIRST, own + SECOND, own, whole, weight, norm_eps, weight_eps,
+                    HIDDEN, CHANNELS, HIDDEN, CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, True,
+                    UNIT1, UNIT2, UNIT_GATE, ACTIVATION, True, FAST, PRECISION, EMULATE,
+                )  # fmt: skip
+                if block < BLOCKS - 1:
+                    store_tile(target, rows, CHANNELS, channels, pixels, CHANNELS, x, EMULATE)
+                else:
+                    # Rounded as between blocks, which is what the backward goes back from.
+                    write_pixels(
+                        narrow(x, generated.dtype.element_ty, EMULATE).to(tl.float32), own_out, plane, image_width,
+                        final_norm, linear_weight, linear_bias, rows, channels, norm_eps,
+                        HEIGHT, WIDTH, OUTPUTS, CHANNELS, FINAL_NORM, LINEAR, BIAS, EMULATE,
+                    )  # fmt: skip
             own += generated_block
-        tl.debug_barrier()
-        write_patch(
-            scratch + (BLOCKS % 2) * PLACE, out + batch * OUTPUTS * plane + top * image_width + left,
-            plane, image_width, final_norm, linear_weight, linear_bias, channels, norm_eps,
-            HEIGHT, WIDTH, OUTPUTS, CHANNELS, TILE, FINAL_NORM, LINEAR, BIAS, EMULATE,
-        )  # fmt: skip
         tl.debug_barrier()
         patch += tl.num_programs(0)
 
@@ -308,10 +339,13 @@ def pixel_decoder_backward(
         left = ((first + patch) % columns_of_patches) * WIDTH
         own_image = image + batch * image_batch + top * image_row + left * image_column
         own_partial = partial + patch * WIDTH_OF_PARTIAL
-        embed_patch(
-            own_image, image_plane, image_row, image_column, pixel_weight, table, scratch, channels,
-            HEIGHT, WIDTH, INPUTS, CHANNELS, TILE, EMULATE,
-        )  # fmt: skip
+        for start in range(0, pixels, TILE):
+            rows = start + tl.arange(0, TILE)
+            embedded = embed_pixels(
+                own_image, image_plane, image_row, image_column, pixel_weight, table, rows, channels,
+                HEIGHT, WIDTH, INPUTS, CHANNELS, generated.dtype.element_ty, EMULATE,
+            )  # fmt: skip
+            store_tile(scratch, rows, CHANNELS, channels, pixels, CHANNELS, embedded, EMULATE)
         own = generated + patch * generated_patch
         d_own = d_generated + patch * d_generated_patch
         for block in range(BLOCKS):
