@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ class Options:
     warps: int = 4
     stages: int = 1
     registers: int = 0  # a thread's at most; 0 leaves it to the compiler
+    #: Percent of a processor's fast memory that shall be shared memory, not cache; 0 leaves it to Triton, which asks for
+    #: all of it.
+    carveout: int = 0
 
     def named(self) -> dict[str, int]:
         """As Triton names them."""
@@ -161,6 +165,8 @@ def _launch(
     found = known.variants.get(key)
     if found is None:
         compiled = kernel[grid](**arguments, **options.named())
+        if options.carveout:
+            _carve(compiled.function, options.carveout)
         # Triton looks at global values at every launch; and no address of the host's may pass for the device's.
         if not kernel.used_global_vals and all(tensor.device.index == device for tensor in tensors):
             if len(known.variants) >= _MOST_VARIANTS:
@@ -173,6 +179,19 @@ def _launch(
         x, y, z, driver.get_current_stream(device), found.function, found.metadata, None, None, None,
         *known.ordered((*addresses, *others)),
     )  # fmt: skip
+
+
+@functools.cache
+def _cuda() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _carve(function: int, percent: int) -> None:
+    """Ask for so much shared memory in later launches of a kernel. A wish: the GPU may not heed it."""
+    preferred_shared_memory_carveout = 9
+    _cuda().cuFuncSetAttribute(
+        ctypes.c_void_p(function), preferred_shared_memory_carveout, ctypes.c_int(percent)
+    )
 
 
 def _describe(kernel: Any, arguments: dict[str, Any]) -> _Known:

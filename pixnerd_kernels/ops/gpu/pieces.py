@@ -107,10 +107,11 @@ def rms_norm(x, live, eps, SIZE: tl.constexpr):
 
 
 @triton.jit
-def rms_norm_grad(d_unit, unit, r, SIZE: tl.constexpr):
-    """Gradient of x from that of unit = x * r."""
+def rms_norm_grad(d_unit, unit, r, SCALED: tl.constexpr, SIZE: tl.constexpr):
+    """Gradient of x from that of unit = x * r, which where SCALED has been multiplied by r already."""
     mean = tl.sum(d_unit * unit, 1) / SIZE
-    return r[:, None] * (d_unit - unit * mean[:, None])
+    d_x = d_unit - unit * mean[:, None]
+    return d_x if SCALED else r[:, None] * d_x
 
 
 @triton.jit

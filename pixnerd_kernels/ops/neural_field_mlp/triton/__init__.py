@@ -50,6 +50,7 @@ def _arguments(
         "ACTIVATION": activation, "RESIDUAL": residual,
         "FAST": target.fast_tanh and x.dtype != torch.float32,
         "PRECISION": precision(x.dtype, target), "EMULATE": emulates(x.dtype), "AHEAD": plan.ahead,
+        "LATE": plan.late and norm_weight is not None,
     }  # fmt: skip
 
 

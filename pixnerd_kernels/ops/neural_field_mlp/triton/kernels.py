@@ -26,6 +26,7 @@ from pixnerd_kernels.ops.neural_field_mlp.triton.parts import (
     load_norm,
     load_output_weight,
     load_weights,
+    squares_of,
 )
 
 
@@ -38,20 +39,21 @@ def forward_tile(
     GATED: tl.constexpr, NORM: tl.constexpr,
     UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr,
+    EMULATE: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """What leaves the block where `tile` [T, C] enters it, in float32.
 
     whole: all weights, of `load_weights`, where they fit on the chip at once; read chunk by chunk where they do not.
     """
     NARROW: tl.constexpr = w1.dtype.element_ty
-    n, _ = field_input(tile, live, norm_eps, NORM, CHANNELS, NARROW, EMULATE)
+    n, r = field_input(tile, live, norm_eps, NORM, LATE, CHANNELS, NARROW, EMULATE)
     out = tl.zeros([TILE, BLOCK_C], tl.float32)
     if PIECE * PIECES >= HIDDEN:
         scaled1, scaled_gate, raw2, squares = whole
         out = add_products(
-            out, n, scaled1, scaled_gate, raw2, PIECES, GATED, ACTIVATION, FAST, PRECISION, NARROW, EMULATE
-        )
+            out, n, r, scaled1, scaled_gate, raw2, PIECES, GATED, LATE,
+            ACTIVATION, FAST, PRECISION, NARROW, EMULATE,
+        )  # fmt: skip
     else:
         squares = tl.zeros([BLOCK_C], tl.float32)
         for first in range(0, HIDDEN, PIECE * PIECES):
@@ -61,7 +63,8 @@ def forward_tile(
             )  # fmt: skip
             squares += part
             out = add_products(
-                out, n, scaled1, scaled_gate, raw2, PIECES, GATED, ACTIVATION, FAST, PRECISION, NARROW, EMULATE
+                out, n, r, scaled1, scaled_gate, raw2, PIECES, GATED, LATE,
+                ACTIVATION, FAST, PRECISION, NARROW, EMULATE,
             )  # fmt: skip
     if UNIT2:
         out *= inverse_norm(squares, weight_eps)[None, :]
@@ -79,7 +82,7 @@ def forward_patch(
     GATED: tl.constexpr, NORM: tl.constexpr,
     UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr, AHEAD: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Every tiles_apart-th tile of y [pixels, CHANNELS] of one patch; the pointers are its own.
 
@@ -104,7 +107,7 @@ def forward_patch(
         out = forward_tile(
             tile, rows < pixels, w1, w2, w_gate, whole, weight, norm_eps, weight_eps, w1_row, w2_row, gate_row,
             CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
-            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE,
+            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, LATE,
         )  # fmt: skip
         store_tile(y, rows, CHANNELS, channels, pixels, CHANNELS, out, EMULATE)
 
@@ -119,7 +122,7 @@ def neural_field_mlp_forward(
     GATED: tl.constexpr, NORM: tl.constexpr,
     UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr, AHEAD: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """y of patch program_id(0); the programs along axis 1 share its tiles."""
     patch = tl.program_id(0).to(tl.int64)
@@ -129,7 +132,7 @@ def neural_field_mlp_forward(
         y + patch * pixels * CHANNELS, load_norm(norm_weight, norm_step, channels, NORM, CHANNELS),
         channels, pixels, tl.program_id(1), tl.num_programs(1), norm_eps, weight_eps, x_row, w1_row, w2_row, gate_row,
         CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
-        ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD,
+        ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, LATE,
     )  # fmt: skip
 
 
@@ -141,7 +144,7 @@ def backward_tiles(
     TILE: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
     GATED: tl.constexpr, NORM: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr, AHEAD: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of hidden units on pixels begin ... end: dx; the sums for w1, w2 and w_gate, each [H, C] a piece."""
     NARROW: tl.constexpr = x.dtype.element_ty
@@ -167,7 +170,7 @@ def backward_tiles(
         else:
             tile = load_tile(x, rows, x_row, channels, end, CHANNELS)
             g = load_tile(grad, rows, grad_row, channels, end, CHANNELS)
-        n, r = field_input(tile, rows < end, norm_eps, NORM, CHANNELS, NARROW, EMULATE)
+        n, r = field_input(tile, rows < end, norm_eps, NORM, LATE, CHANNELS, NARROW, EMULATE)
         g_operand = operand(g, EMULATE)
         next1 = ()
         next2 = ()
@@ -176,8 +179,8 @@ def backward_tiles(
         d_gate = ()
         for p in tl.static_range(PIECES):
             h, dz, da = field_hidden_grad(
-                n, g_operand, scaled1[p], scaled2[p], scaled_gate[p],
-                GATED, ACTIVATION, FAST, PRECISION, NARROW, EMULATE,
+                n, r, g_operand, scaled1[p], scaled2[p], scaled_gate[p],
+                GATED, LATE, ACTIVATION, FAST, PRECISION, NARROW, EMULATE,
             )  # fmt: skip
             if NEED_WEIGHTS:
                 next2 = next2 + (tl.dot(h, g_operand, sum2[p], input_precision=PRECISION),)
@@ -216,7 +219,8 @@ def backward_tiles(
                     tl.store(waiting, d_unit, mask=inside)
             if first + CHUNK >= HIDDEN:
                 if NORM:
-                    d_unit = rms_norm_grad(d_unit, tile.to(tl.float32) * r[:, None], r, CHANNELS)
+                    unit = tile.to(tl.float32) * r[:, None]
+                    d_unit = rms_norm_grad(d_unit, unit, r, LATE, CHANNELS)
                 if RESIDUAL:
                     d_unit += g.to(tl.float32)
                 store_tile(dx, rows, CHANNELS, channels, end, CHANNELS, d_unit, EMULATE)
@@ -243,7 +247,7 @@ def backward_patch(
     GATED: tl.constexpr, NORM: tl.constexpr,
     UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr, AHEAD: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr, SPAN: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of one patch; the pointers are its own. The weights' gradients may take the weights' own place.
 
@@ -259,8 +263,9 @@ def backward_patch(
     sum_norm = tl.zeros([BLOCK_C], tl.float32)
     if CHUNKS > 1:
         for first in range(0, HIDDEN, CHUNK):
-            _, part = load_output_weight(w2, w2_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
-            squares2 += part
+            squares2 += squares_of(
+                load_output_weight(w2, w2_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
+            )
     for first in range(0, HIDDEN, CHUNK):
         scaled1, scaled_gate, raw2, part = load_weights(
             w1, w2, w_gate, w1_row, w2_row, gate_row, weight, weight_eps, first,
@@ -280,7 +285,7 @@ def backward_patch(
             grad, x, dx, scratch_x, scaled1, scaled2, scaled_gate, channels,
             0, tl.minimum(SPAN, pixels) if SPAN else pixels, first, norm_eps, grad_row, x_row,
             CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM,
-            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, NEED_X, NEED_WEIGHTS,
+            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, LATE, NEED_X, NEED_WEIGHTS,
         )  # fmt: skip
         if SPAN:
             for begin in range(SPAN, pixels, SPAN):
@@ -288,7 +293,7 @@ def backward_patch(
                     grad, x, dx, scratch_x, scaled1, scaled2, scaled_gate, channels,
                     begin, tl.minimum(begin + SPAN, pixels), first, norm_eps, grad_row, x_row,
                     CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM,
-                    ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, NEED_X, NEED_WEIGHTS,
+                    ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, LATE, NEED_X, NEED_WEIGHTS,
                 )  # fmt: skip
                 sum1, sum2, sum_gate = added(sum1, more1), added(sum2, more2), added(sum_gate, more_gate)
         # Weights are read again, from the cache: kept, they would cost the registers that the sums need. All of a
@@ -368,7 +373,7 @@ def neural_field_mlp_backward(
     GATED: tl.constexpr, NORM: tl.constexpr,
     UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr, AHEAD: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr, SPAN: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of patch program_id(0), or where scratch is needed of every num_programs(0)-th patch from it.
 
@@ -388,7 +393,7 @@ def neural_field_mlp_backward(
             d_norm + patch * CHANNELS, scratch_x, scratch_2, weight, channels, pixels, norm_eps, weight_eps,
             grad_row, x_row, w1_row, w2_row, gate_row, d1_row, d2_row, d_gate_row,
             CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
-            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, NEED_X, NEED_WEIGHTS, SPAN,
+            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, LATE, NEED_X, NEED_WEIGHTS, SPAN,
         )  # fmt: skip
     else:
         scratch_x += patch * pixels * BLOCK_C
@@ -401,6 +406,6 @@ def neural_field_mlp_backward(
                 d_norm + patch * CHANNELS, scratch_x, scratch_2, weight, channels, pixels, norm_eps, weight_eps,
                 grad_row, x_row, w1_row, w2_row, gate_row, d1_row, d2_row, d_gate_row,
                 CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
-                ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, NEED_X, NEED_WEIGHTS, SPAN,
+                ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, LATE, NEED_X, NEED_WEIGHTS, SPAN,
             )  # fmt: skip
             patch += tl.num_programs(0)

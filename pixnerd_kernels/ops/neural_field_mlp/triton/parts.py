@@ -31,51 +31,72 @@ from pixnerd_kernels.ops.gpu.pieces import (
 
 @triton.jit
 def field_input(
-    x, live, eps, NORM: tl.constexpr, SIZE: tl.constexpr, NARROW: tl.constexpr, EMULATE: tl.constexpr
-):
-    """A tile of pixels [T, C] as an operand, divided by its root mean square where NORM; and each row's divisor."""
+    x, live, eps,
+    NORM: tl.constexpr, LATE: tl.constexpr, SIZE: tl.constexpr, NARROW: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """A tile of pixels [T, C] as an operand, times r = 1 / root mean square of each row where NORM; and r [T].
+
+    LATE: the operand is the tile as it was loaded, and what comes of its products is multiplied by r instead. A tile
+    that was copied to shared memory then enters the products from there.
+    """
     if NORM:
         unit, r = rms_norm(x.to(tl.float32), live, eps, SIZE)
-        return narrow(unit, NARROW, EMULATE), r
+        if LATE:
+            return operand(x, EMULATE), r
+        else:
+            return narrow(unit, NARROW, EMULATE), r
     else:
         return operand(x, EMULATE), tl.zeros([x.shape[0]], tl.float32)
 
 
 @triton.jit
 def field_hidden(
-    n, w1, w_gate,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    n, r, w1, w_gate,
+    GATED: tl.constexpr, LATE: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Hidden values [T, H]: act(n @ w1), or act(n @ w_gate) * (n @ w1). n [T, C], scaled weights [C, H]."""
+    """Hidden values [T, H]: act(n @ w1), or act(n @ w_gate) * (n @ w1). n and r of `field_input`, scaled weights [C, H]."""
     z = tl.dot(n, w1, input_precision=PRECISION)
+    if LATE:
+        z *= r[:, None]
     if GATED:
-        return activate(tl.dot(n, w_gate, input_precision=PRECISION), ACTIVATION, FAST) * z
+        a = tl.dot(n, w_gate, input_precision=PRECISION)
+        if LATE:
+            a *= r[:, None]
+        return activate(a, ACTIVATION, FAST) * z
     else:
         return activate(z, ACTIVATION, FAST)
 
 
 @triton.jit
 def field_hidden_grad(
-    n, g, w1, w2, w_gate,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    n, r, g, w1, w2, w_gate,
+    GATED: tl.constexpr, LATE: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     NARROW: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """The hidden values again, and the gradients of n @ w1 and of n @ w_gate: operands [H, T].
 
-    n [T, C] and g [T, C], the gradient of the output; scaled weights w1, w_gate [C, H] and w2 [H, C]. Where there is
-    no gate, its gradient repeats that of n @ w1.
+    n and r of `field_input`; g [T, C] the gradient of the output; scaled weights w1, w_gate [C, H] and w2 [H, C]. Where
+    there is no gate, its gradient repeats that of n @ w1. LATE: both are those of the tile itself, n without r.
     """
     z = tl.dot(tl.trans(w1), tl.trans(n), input_precision=PRECISION)
+    if LATE:
+        z *= r[None, :]
     dh = tl.dot(w2, tl.trans(g), input_precision=PRECISION)
     if GATED:
         a = tl.dot(tl.trans(w_gate), tl.trans(n), input_precision=PRECISION)
+        if LATE:
+            a *= r[None, :]
         act, slope = activate_with_slope(a, ACTIVATION, FAST)
         h = narrow(act * z, NARROW, EMULATE)
+        if LATE:
+            dh *= r[None, :]
         dz = narrow(dh * act, NARROW, EMULATE)
         return h, dz, narrow(dh * z * slope, NARROW, EMULATE)
     else:
         act, slope = activate_with_slope(z, ACTIVATION, FAST)
         h = narrow(act, NARROW, EMULATE)
+        if LATE:
+            slope *= r[None, :]
         dz = narrow(dh * slope, NARROW, EMULATE)
         return h, dz, dz
 
@@ -131,39 +152,53 @@ def finish_input_weight(
 
 @triton.jit
 def load_input_weight(
-    source, row_stride, weight, eps, first,
-    NORM: tl.constexpr, UNIT: tl.constexpr, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
-    BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, EMULATE: tl.constexpr,
+    source, row_stride, first,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of w1 or w_gate from hidden unit `first` on: PIECES operands [C, PIECE] with all scales applied."""
+    """A chunk of the raw w1 or w_gate from hidden unit `first` on: PIECES tiles [C, PIECE]."""
     channels = tl.arange(0, BLOCK_C)
     pieces = ()
     for p in tl.static_range(PIECES):
         hidden = first + p * PIECE + tl.arange(0, PIECE)
-        raw = load_tile(source, channels, row_stride, hidden, CHANNELS, HIDDEN)
-        live = hidden < HIDDEN
-        pieces = pieces + (
-            scaled_input_weight(raw, weight, eps, live, NORM, UNIT, source.dtype.element_ty, EMULATE),
-        )
+        pieces = pieces + (load_tile(source, channels, row_stride, hidden, CHANNELS, HIDDEN),)
+    return pieces
+
+
+@triton.jit
+def scaled_input_weights(
+    raw, weight, eps, first,
+    NORM: tl.constexpr, UNIT: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr, NARROW: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """`scaled_input_weight` of every piece of a chunk."""
+    pieces = ()
+    for p in tl.static_range(len(raw)):
+        live = first + p * PIECE + tl.arange(0, PIECE) < HIDDEN
+        pieces = pieces + (scaled_input_weight(raw[p], weight, eps, live, NORM, UNIT, NARROW, EMULATE),)
     return pieces
 
 
 @triton.jit
 def load_output_weight(
     source, row_stride, first,
-    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
-    BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of the raw w2: PIECES tiles [PIECE, C]; and the sums of squares of its columns."""
+    """A chunk of the raw w2: PIECES tiles [PIECE, C]."""
     channels = tl.arange(0, BLOCK_C)
-    squares = tl.zeros([PIECE, BLOCK_C], tl.float32)
     pieces = ()
     for p in tl.static_range(PIECES):
         hidden = first + p * PIECE + tl.arange(0, PIECE)
-        raw = load_tile(source, hidden, row_stride, channels, HIDDEN, CHANNELS)
-        squares += raw.to(tl.float32) * raw.to(tl.float32)
-        pieces = pieces + (raw,)
-    return pieces, tl.sum(squares, 0)
+        pieces = pieces + (load_tile(source, hidden, row_stride, channels, HIDDEN, CHANNELS),)
+    return pieces
+
+
+@triton.jit
+def squares_of(raw):
+    """The sums of squares of the columns of a chunk of w2."""
+    squares = tl.zeros(raw[0].shape, tl.float32)
+    for p in tl.static_range(len(raw)):
+        squares += raw[p].to(tl.float32) * raw[p].to(tl.float32)
+    return tl.sum(squares, 0)
 
 
 @triton.jit
@@ -173,27 +208,40 @@ def load_weights(
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
     BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of all weights: operands of w1 and w_gate (w1 again without a gate), the raw w2, its sums of squares."""
-    scaled1 = load_input_weight(
-        w1, w1_row, weight, eps, first, NORM, UNIT1, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE
-    )
+    """A chunk of all weights: operands of w1 and w_gate (w1 again without a gate), the raw w2, its sums of squares.
+
+    All are on their way at once where that takes no more than 32 KiB of registers: a wait for memory then, not three.
+    """
+    NARROW: tl.constexpr = w1.dtype.element_ty
+    TOGETHER: tl.constexpr = (3 if GATED else 2) * BLOCK_C * PIECE * PIECES * (
+        NARROW.primitive_bitwidth // 8
+    ) <= 32768
+    raw1 = load_input_weight(w1, w1_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
+    if TOGETHER:
+        raw2 = load_output_weight(w2, w2_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
+        if GATED:
+            raw_gate = load_input_weight(w_gate, gate_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
+    scaled1 = scaled_input_weights(raw1, weight, eps, first, NORM, UNIT1, HIDDEN, PIECE, NARROW, EMULATE)
     scaled_gate = scaled1
     if GATED:
-        scaled_gate = load_input_weight(
-            w_gate, gate_row, weight, eps, first, NORM, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE
-        )  # fmt: skip
-    raw2, squares = load_output_weight(w2, w2_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
-    return scaled1, scaled_gate, raw2, squares
+        if not TOGETHER:
+            raw_gate = load_input_weight(w_gate, gate_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
+        scaled_gate = scaled_input_weights(
+            raw_gate, weight, eps, first, NORM, UNIT_GATE, HIDDEN, PIECE, NARROW, EMULATE
+        )
+    if not TOGETHER:
+        raw2 = load_output_weight(w2, w2_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
+    return scaled1, scaled_gate, raw2, squares_of(raw2)
 
 
 @triton.jit
 def add_products(
-    out, n, scaled1, scaled_gate, raw2,
-    PIECES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr,
+    out, n, r, scaled1, scaled_gate, raw2,
+    PIECES: tl.constexpr, GATED: tl.constexpr, LATE: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr,
     PRECISION: tl.constexpr, NARROW: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """out [T, C] plus the hidden values of a chunk times the raw w2; weights as `load_weights` has them, n [T, C]."""
+    """out [T, C] plus the hidden values of a chunk times the raw w2; weights as `load_weights` has them."""
     for p in tl.static_range(PIECES):
-        h = field_hidden(n, scaled1[p], scaled_gate[p], GATED, ACTIVATION, FAST, PRECISION)
+        h = field_hidden(n, r, scaled1[p], scaled_gate[p], GATED, LATE, ACTIVATION, FAST, PRECISION)
         out = tl.dot(narrow(h, NARROW, EMULATE), operand(raw2[p], EMULATE), out, input_precision=PRECISION)
     return out

@@ -72,10 +72,12 @@ class Plan:
     registers: int = 0
     ahead: bool = False
     stages: int = 1
+    late: bool = False
+    carveout: int = 0
 
     @property
     def options(self) -> Options:
-        return Options(self.warps, self.stages, self.registers)
+        return Options(self.warps, self.stages, self.registers, self.carveout)
 
     def chunks(self, problem: Problem) -> int:
         return math.ceil(problem.hidden / (self.piece * self.pieces))

@@ -33,13 +33,24 @@ def _plan(call: Call, patches: int, training: bool) -> tuple[Problem, Plan, Targ
 
 def at_once(call: Call, training: bool) -> int:
     """Patches that the GPU decodes side by side: one for each program."""
-    problem, plan, target = _plan(call, call.patches, training)
-    return plan.programs(problem, target)
+    return _programs(call, *_plan(call, call.patches, training))
 
 
-def _programs(plan: Plan, problem: Problem, target: Target, own_bytes: int) -> int:
-    """Programs of a launch in which each needs own_bytes of scratch."""
-    return max(1, min(plan.programs(problem, target), _SCRATCH // own_bytes))
+def _programs(call: Call, problem: Problem, plan: Plan, target: Target) -> int:
+    """Programs of a launch: as many as run at once, and as their scratch allows."""
+    place = problem.pixels * problem.channels
+    size = 2 * place * problem.dtype.itemsize
+    if problem.training:
+        size = place * ((len(call.generators) + 1) * problem.dtype.itemsize + 4)
+        if plan.chunks(problem) > 1:
+            size += 4 * padded(problem.channels) * (_waiting(problem, plan) + problem.pixels)
+    return max(1, min(plan.programs(problem, target), _SCRATCH // size))
+
+
+def _waiting(problem: Problem, plan: Plan) -> int:
+    """Hidden units whose sums wait in scratch while a program works on others."""
+    chunks = plan.chunks(problem)
+    return chunks * plan.piece * plan.pieces if chunks > 1 else 0
 
 
 def _arguments(call: Call, generated: Tensor, first: int, plan: Plan, target: Target) -> dict[str, Any]:
@@ -65,6 +76,7 @@ def _arguments(call: Call, generated: Tensor, first: int, plan: Plan, target: Ta
         "FINAL_NORM": small.final_norm is not None, "LINEAR": small.linear_weight is not None,
         "ACTIVATION": call.activation, "FAST": target.fast_tanh and generated.dtype != torch.float32,
         "PRECISION": precision(generated.dtype, target), "EMULATE": emulates(generated.dtype), "AHEAD": plan.ahead,
+        "LATE": plan.late,
     }  # fmt: skip
 
 
@@ -73,7 +85,7 @@ def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
     problem, plan, target = _plan(call, generated.shape[1], training=False)
     bias = call.small.linear_bias
     place = problem.pixels * problem.channels
-    programs = _programs(plan, problem, target, 2 * place * generated.element_size())
+    programs = _programs(call, problem, plan, target)
     launch(
         kernels.pixel_decoder_forward, (programs,), out.device, plan.options,
         **_arguments(call, generated, first, plan, target), patches=problem.patches,
@@ -94,14 +106,10 @@ def backward(
     """Gradients of a chunk. d_generated may be `generated` itself."""
     problem, plan, target = _plan(call, generated.shape[1], training=True)
     blocks, count, _ = generated.shape
-    block_c, chunks = padded(problem.channels), plan.chunks(problem)
+    block_c, waiting = padded(problem.channels), _waiting(problem, plan)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": grad.device}
     place = problem.pixels * problem.channels
-    waiting = chunks * plan.piece * plan.pieces * block_c if chunks > 1 else 0
-    own_bytes = place * ((blocks + 2) * generated.element_size() + 4) + 4 * (
-        waiting and waiting + problem.pixels * block_c
-    )
-    programs = _programs(plan, problem, target, own_bytes)
+    programs = _programs(call, problem, plan, target)
     shapes = [torch.Size(shape).numel() for _, shape in call.sums()]
     partial = torch.empty(count, sum(shapes[1:]), **wide)
     table_sum = torch.zeros(programs if sums is not None else 0, place, **wide)
@@ -114,11 +122,11 @@ def backward(
         d_image=call.image if d_image is None else d_image, d_generated=targets,
         d_generated_block=targets.stride(0), d_generated_patch=targets.stride(1),
         table_sum=table_sum, partial=partial, patches=count,
-        scratch=torch.empty(programs, blocks + 2, place, dtype=generated.dtype, device=grad.device),
+        scratch=torch.empty(programs, blocks + 1, place, dtype=generated.dtype, device=grad.device),
         scratch_x=torch.empty(programs if waiting else 0, problem.pixels * block_c, **wide),
-        scratch_2=torch.empty(programs if waiting else 0, waiting, **wide),
+        scratch_2=torch.empty(programs if waiting else 0, waiting, block_c, **wide),
         NEED_IMAGE=d_image is not None, NEED_WEIGHTS=d_generated is not None, NEED_SHARED=sums is not None,
-        SPAN=span(problem.pixels), FORWARD_TILE=min(padded(problem.pixels), 16 * plan.warps),
+        SPAN=span(problem.pixels), FORWARD_TILE=min(padded(problem.pixels), 16 * plan.warps), PIXELS=plan.tile,
     )  # fmt: skip
     if sums is not None:
         sums[: shapes[0]] += table_sum.sum(0, dtype=sums.dtype)
