@@ -69,7 +69,13 @@ def test_backward_in_chunks_writes_every_gradient_once():
     assert seen["scratch_2"] == ({patches}, {patches})
 
 
-PLANS = [Plan(16, 16, 1, 4), Plan(32, 16, 3, 4), Plan(64, 32, 2, 4), Plan(16, 128, 1, 8), Plan(16, 64, 1, 4, late=True)]
+PLANS = [
+    Plan(16, 16, 1, 4),
+    Plan(32, 16, 3, 4),
+    Plan(64, 32, 2, 4),
+    Plan(16, 128, 1, 8),
+    Plan(16, 64, 1, 4, late=True),
+]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)

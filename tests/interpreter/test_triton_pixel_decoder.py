@@ -37,8 +37,8 @@ def test_forward_reads_the_image_and_the_weights_and_writes_the_result_once(case
 
     Neither what enters the first block nor what leaves the last one does.
     """
-    with traced("pixel_decoder_forward") as traffic:
-        run(case, plan=PLAN)
+    with traced("pixel_decoder_forward") as traffic, tuned.override(PLAN), torch.no_grad():
+        decode(case, case.inputs())
     seen = summary(traffic)
     assert seen["image"] == (ONCE, NEVER)
     assert seen["generated"] == (ONCE if case.d2 == PLAN.piece else {2}, NEVER)
@@ -48,46 +48,57 @@ def test_forward_reads_the_image_and_the_weights_and_writes_the_result_once(case
     assert traffic["scratch"].loads.sum() == traffic["scratch"].stores.sum() == handed_on
 
 
+def backward_traffic(case, kernel, **options):
+    """The traffic of the last launch of one of the backward's kernels."""
+    with traced(kernel) as traffic:
+        run(case, plan=PLAN, **options)
+    return traffic
+
+
 @pytest.mark.parametrize("saved", [False, True], ids=["recompute", "save"])
-def test_backward_reads_the_image_twice_and_writes_every_gradient_once(saved):
-    """The image for the embedding and for its weight's gradient; a block's weights on the way there, then twice."""
-    with traced("pixel_decoder_backward") as traffic:
-        run(PLAIN, plan=PLAN, save_weights=saved)
+def test_backward_keeps_what_enters_each_block(saved):
+    """The image and the weights are read once; the first block's input is not read again, nor is the result written."""
+    traffic = backward_traffic(PLAIN, "pixel_decoder_forward", save_weights=saved)
     seen = summary(traffic)
+    assert seen["image"] == seen["generated"] == (ONCE, NEVER)
+    assert traffic["scratch"].times("stores") == ONCE
+    places = traffic["scratch"].loads.reshape(PLAIN.blocks + 1, -1)
+    assert [set(place) for place in places] == [{0}, *[{1}] * (PLAIN.blocks - 1), {0}]
+
+
+@pytest.mark.parametrize("case", [PLAIN, GATED], ids=["plain", "gated"])
+def test_backward_passes_over_everything_once(case):
+    """The gradient of what a block leaves takes its place; those of the weights are each written once."""
+    seen = summary(backward_traffic(case, "pixel_decoder_output_grad"))
     assert seen["grad"] == (ONCE, NEVER)
-    assert seen["image"] == ({2}, NEVER)
-    # Without saved weights their gradient takes their place: both names see the accesses of both.
-    assert seen["generated"] == ({3}, NEVER if saved else ONCE)
-    assert seen["d_generated"] == (NEVER if saved else {3}, ONCE)
-    assert seen["d_image"] == (NEVER, ONCE)
-    assert seen["partial"] == (NEVER, ONCE)
-    programs = traffic["scratch"].tensor.shape[0]
-    patches = PLAIN.columns // programs
-    assert seen["table_sum"] == ({patches}, {patches})
-    # What the last block leaves makes way for its gradient, and that for the gradients of all blocks.
-    assert traffic["scratch"].times("stores") == {patches, (2 + PLAIN.blocks) * patches}
-
-
-def test_backward_in_chunks_writes_every_gradient_once():
-    """Two chunks of hidden units, whose sums wait in scratch."""
-    with traced("pixel_decoder_backward") as traffic:
-        run(GATED, plan=PLAN, save_weights=True)
-    seen = summary(traffic)
-    for name in ("d_image", "d_generated", "partial"):
+    assert seen["last"] == (ONCE, ONCE)
+    assert seen["partial"] == (ONCE, ONCE)
+    seen = summary(backward_traffic(case, "neural_field_mlp_backward", save_weights=True))
+    chunks = case.d2 // PLAN.piece
+    # Two names of one gradient, read for each chunk of hidden units and overwritten.
+    assert seen["grad"] == seen["dx"] == ({chunks}, ONCE)
+    assert seen["x"] == ({chunks}, NEVER)
+    for name in ("d1", "d2", "d_gate") if case.gated else ("d1", "d2"):
         assert seen[name] == (NEVER, ONCE), name
-    assert seen["grad"] == (ONCE, NEVER)
-    assert seen["scratch_x"] != (NEVER, NEVER)
+    seen = summary(backward_traffic(case, "pixel_decoder_input_grad"))
+    assert seen["dx"] == seen["image"] == (ONCE, NEVER)
+    assert seen["d_image"] == (NEVER, ONCE)
+    assert seen["table_sum"] == seen["partial"] == (ONCE, ONCE)
 
 
 @pytest.mark.parametrize("case", [PLAIN, GATED], ids=["plain", "gated"])
 def test_scratch_is_bounded(case, monkeypatch):
-    """One program after another where the bound is small, to the same bits where a sum does not change its order."""
+    """One patch after another where the bound is small, to the same bits where a sum does not change its order."""
     several = run(case)
     monkeypatch.setattr(launcher, "_SCRATCH", 1)
-    for kernel in ("pixel_decoder_forward", "pixel_decoder_backward"):
-        with traced(kernel) as traffic:
-            alone = run(case)
-        assert traffic["scratch"].tensor.shape[0] == 1, kernel
+    monkeypatch.setattr(launcher, "_KEPT", 1)
+    # The last launch is the backward's: a patch at a time.
+    with traced("pixel_decoder_forward") as traffic:
+        alone = run(case)
+    assert traffic["scratch"].tensor.shape[:2] == (case.blocks + 1, 1)
+    with traced("pixel_decoder_forward") as traffic, torch.no_grad():
+        decode(case, case.inputs())
+    assert traffic["scratch"].tensor.shape[:2] == (2, 1)
     for name in ("y", "image", "hidden", "generator.0", "norm.1"):
         assert torch.equal(alone[name], several[name]), name
     assert_within(alone, *expected(case))

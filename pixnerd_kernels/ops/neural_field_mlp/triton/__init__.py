@@ -88,6 +88,25 @@ def backward(
             if target is not None:
                 target.zero_()
         return dx, None if norm_weight is None else torch.zeros_like(norm_weight)
+    partial = torch.empty(x.shape[0], x.shape[2], dtype=torch.float32, device=x.device)
+    backward_into(dx, partial, grad, x, w1, w2, w_gate, norm_weight, targets, *options)
+    return dx, None if norm_weight is None else partial.sum(0).to(norm_weight.dtype)
+
+
+def backward_into(
+    dx: Tensor | None,
+    d_norm: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_gate: Tensor | None,
+    norm_weight: Tensor | None,
+    targets: Sequence[Tensor | None],
+    *options: Any,
+) -> None:
+    """Every gradient into memory of the caller's: dx [N, S, D1] contiguous, which may be `grad` itself, d_norm [N, D1]
+    in float32, each patch's own, and `targets`, which may be the weights themselves."""
     check_gradient(grad, x)
     grad = dense_rows(grad)
     device = target_of(x.device)
@@ -97,16 +116,14 @@ def backward(
     d1, d2, d_gate = (x if target is None else target for target in targets)
     block, waiting = padded(problem.channels), programs if chunks > 1 else 0
     wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    partial = torch.empty(problem.patches, problem.channels, **wide)
     launch(
         kernels.neural_field_mlp_backward, (programs,), x.device, plan.options,
         **_arguments(plan, x, w1, w2, w_gate, norm_weight, *options),
-        grad=grad, dx=x if dx is None else dx, d1=d1, d2=d2, d_gate=d_gate, d_norm=partial,
+        grad=grad, dx=x if dx is None else dx, d1=d1, d2=d2, d_gate=d_gate, d_norm=d_norm,
         scratch_x=torch.empty(waiting, problem.pixels, block, **wide),
         scratch_2=torch.empty(waiting, chunks * plan.piece * plan.pieces, block, **wide),
         patches=problem.patches, grad_patch=grad.stride(0), grad_row=grad.stride(1),
         d1_patch=d1.stride(0), d1_row=d1.stride(1), d2_patch=d2.stride(0), d2_row=d2.stride(1),
         d_gate_patch=d_gate.stride(0), d_gate_row=d_gate.stride(1),
-        NEED_X=need_x, NEED_WEIGHTS=targets[0] is not None, SPAN=span(problem.pixels),
+        NEED_X=dx is not None, NEED_WEIGHTS=targets[0] is not None, SPAN=span(problem.pixels),
     )  # fmt: skip
-    return dx, None if norm_weight is None else partial.sum(0).to(norm_weight.dtype)

@@ -1,97 +1,113 @@
-"""Launches the Triton kernels of `pixel_decoder`: one for a chunk's patches forward, one backward.
-
-Products with the generators are torch's.
-"""
+"""Launches the Triton kernels of `pixel_decoder` for a chunk's patches; products with the generators are torch's."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pixnerd_kernels.ops.gpu.launch import Target, emulates, launch, padded, precision, target_of
-from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose, span
+from pixnerd_kernels.ops.gpu.launch import Options, Target, emulates, launch, padded, precision, target_of
+from pixnerd_kernels.ops.neural_field_mlp import split_params
+from pixnerd_kernels.ops.neural_field_mlp.triton import backward_into
+from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose
 from pixnerd_kernels.ops.pixel_decoder.chunks import Call
 from pixnerd_kernels.ops.pixel_decoder.reference import generate, hidden_gradient, weight_gradient
 from pixnerd_kernels.ops.pixel_decoder.triton import kernels
 
 __all__ = ["at_once", "backward", "forward", "generate", "hidden_gradient", "weight_gradient"]
 
-#: Bytes of scratch that a launch may take, unless one patch needs more.
-_SCRATCH = 64 << 20
+#: Bytes of scratch that the forward may take, and the backward, unless one patch needs more.
+_SCRATCH, _KEPT = 64 << 20, 128 << 20
 
 
-def _plan(call: Call, patches: int, training: bool) -> tuple[Problem, Plan, Target]:
-    height, width = call.patch
-    problem = Problem(
-        training, call.gated, call.hidden.dtype, patches, height * width, call.channels, call.field_hidden, decoder=True
+def _problem(call: Call, patches: int, training: bool) -> Problem:
+    """A block's problem."""
+    return Problem(
+        training, call.gated, call.hidden.dtype, patches, call.patch[0] * call.patch[1], call.channels,
+        call.field_hidden, decoder=not training,
     )  # fmt: skip
-    target = target_of(call.image.device)
-    return problem, choose(problem, target), target
 
 
 def at_once(call: Call, training: bool) -> int:
-    """Patches that the GPU decodes side by side: one for each program."""
-    return _programs(call, *_plan(call, call.patches, training))
+    """Patches that the GPU decodes side by side, or goes back through."""
+    target = target_of(call.image.device)
+    problem = _problem(call, call.patches, training)
+    plan = choose(problem, target)
+    place = problem.pixels * problem.channels * problem.dtype.itemsize
+    if not training:
+        return _programs(problem, plan, target)
+    # As many as can be kept, in full rounds of those that run at once.
+    most = max(1, _KEPT // (place * (len(call.generators) + 1)))
+    side_by_side = target.processors * plan.resident(problem)
+    return min(call.patches, most if most < side_by_side else most // side_by_side * side_by_side)
 
 
-def _programs(call: Call, problem: Problem, plan: Plan, target: Target) -> int:
-    """Programs of a launch: as many as run at once, and as their scratch allows."""
-    place = problem.pixels * problem.channels
-    size = 2 * place * problem.dtype.itemsize
-    if problem.training:
-        size = place * ((len(call.generators) + 1) * problem.dtype.itemsize + 4)
-        if plan.chunks(problem) > 1:
-            size += 4 * padded(problem.channels) * (_waiting(problem, plan) + problem.pixels)
+def _programs(problem: Problem, plan: Plan, target: Target) -> int:
+    """Programs of the forward: as many as run at once, and as their scratch allows."""
+    size = 2 * problem.pixels * problem.channels * problem.dtype.itemsize
     return max(1, min(plan.programs(problem, target), _SCRATCH // size))
 
 
-def _waiting(problem: Problem, plan: Plan) -> int:
-    """Hidden units whose sums wait in scratch while a program works on others."""
-    chunks = plan.chunks(problem)
-    return chunks * plan.piece * plan.pieces if chunks > 1 else 0
-
-
-def _arguments(call: Call, generated: Tensor, first: int, plan: Plan, target: Target) -> dict[str, Any]:
-    """What both kernels take. An absent tensor is stood in for by another, which is not read."""
+def _shared(call: Call, first: int) -> dict[str, Any]:
+    """What all kernels take."""
     height, width = call.patch
     rows, columns = call.grid
-    small = call.small
-    absent = small.pixel_weight
-    strides = zip(("batch", "plane", "row", "column"), call.image.stride(), strict=True)
     return {
-        "image": call.image, "generated": generated, "first": first, "norms": small.norms,
-        "final_norm": absent if small.final_norm is None else small.final_norm,
-        "pixel_weight": small.pixel_weight, "table": small.table,
-        "linear_weight": absent if small.linear_weight is None else small.linear_weight,
-        **{f"image_{name}": stride for name, stride in strides},
-        "generated_block": generated.stride(0), "generated_patch": generated.stride(1),
-        "rows_of_patches": rows, "columns_of_patches": columns,
-        "norm_eps": call.norm_eps, "weight_eps": call.weight_eps,
-        "HEIGHT": height, "WIDTH": width, "INPUTS": call.image.shape[1], "OUTPUTS": call.out_channels,
-        "BLOCKS": generated.shape[0], "CHANNELS": call.channels, "HIDDEN": call.field_hidden,
-        "TILE": plan.tile, "BLOCK_C": padded(call.channels), "PIECE": plan.piece, "PIECES": plan.pieces,
-        "GATED": call.gated, "UNIT1": call.normalize[0], "UNIT2": call.normalize[1], "UNIT_GATE": call.normalize[2],
-        "FINAL_NORM": small.final_norm is not None, "LINEAR": small.linear_weight is not None,
-        "ACTIVATION": call.activation, "FAST": target.fast_tanh and generated.dtype != torch.float32,
-        "PRECISION": precision(generated.dtype, target), "EMULATE": emulates(generated.dtype), "AHEAD": plan.ahead,
-        "LATE": plan.late,
+        "first": first, "rows_of_patches": rows, "columns_of_patches": columns, "HEIGHT": height, "WIDTH": width,
+        "CHANNELS": call.channels, "BLOCK_C": padded(call.channels), "EMULATE": emulates(call.hidden.dtype),
     }  # fmt: skip
+
+
+def _strides(name: str, image: Tensor) -> dict[str, Any]:
+    """An image and its strides, as kernels name them."""
+    axes = ("batch", "plane", "row", "column")
+    return {name: image} | {
+        f"{name}_{axis}": stride for axis, stride in zip(axes, image.stride(), strict=True)
+    }
+
+
+def _output(call: Call) -> dict[str, Any]:
+    """The output layer. An absent tensor is stood in for by another, which is not read."""
+    small, absent = call.small, call.small.pixel_weight
+    return {
+        "final_norm": absent if small.final_norm is None else small.final_norm,
+        "linear_weight": absent if small.linear_weight is None else small.linear_weight,
+        "OUTPUTS": call.out_channels, "norm_eps": call.norm_eps,
+        "FINAL_NORM": small.final_norm is not None, "LINEAR": small.linear_weight is not None,
+    }  # fmt: skip
+
+
+def _run_blocks(
+    call: Call, generated: Tensor, first: int, programs: int, scratch: Tensor, out: Tensor | None
+) -> None:
+    """The forward's kernel: to `out`, or without it what enters each block to scratch [blocks + 1, n, S, D1]."""
+    problem, target = _problem(call, generated.shape[1], training=False), target_of(call.image.device)
+    plan, small = choose(problem, target), call.small
+    launch(
+        kernels.pixel_decoder_forward, (programs,), call.image.device, plan.options,
+        **_shared(call, first), **_strides("image", call.image), **_output(call),
+        generated=generated, generated_block=generated.stride(0), generated_patch=generated.stride(1),
+        scratch=scratch, scratch_block=scratch.stride(0), scratch_patch=scratch.stride(1),
+        norms=small.norms, pixel_weight=small.pixel_weight, table=small.table,
+        linear_bias=small.pixel_weight if small.linear_bias is None else small.linear_bias,
+        out=call.image if out is None else out, patches=problem.patches, weight_eps=call.weight_eps,
+        INPUTS=call.image.shape[1], BLOCKS=generated.shape[0], HIDDEN=call.field_hidden,
+        TILE=plan.tile, PIECE=plan.piece, PIECES=plan.pieces, AHEAD=plan.ahead, LATE=plan.late, KEEP=out is None,
+        GATED=call.gated, UNIT1=call.normalize[0], UNIT2=call.normalize[1], UNIT_GATE=call.normalize[2],
+        BIAS=small.linear_bias is not None, ACTIVATION=call.activation,
+        FAST=target.fast_tanh and generated.dtype != torch.float32, PRECISION=precision(generated.dtype, target),
+    )  # fmt: skip
 
 
 def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
     """Write the pixels of the patches in `out` [B, C_out, H, W], dense."""
-    problem, plan, target = _plan(call, generated.shape[1], training=False)
-    bias = call.small.linear_bias
+    problem, target = _problem(call, generated.shape[1], training=False), target_of(call.image.device)
+    programs = _programs(problem, choose(problem, target), target)
     place = problem.pixels * problem.channels
-    programs = _programs(call, problem, plan, target)
-    launch(
-        kernels.pixel_decoder_forward, (programs,), out.device, plan.options,
-        **_arguments(call, generated, first, plan, target), patches=problem.patches,
-        linear_bias=call.small.pixel_weight if bias is None else bias, BIAS=bias is not None, out=out,
-        scratch=torch.empty(programs, 2, place, dtype=generated.dtype, device=out.device),
-    )  # fmt: skip
+    scratch = torch.empty(programs, 2, place, dtype=generated.dtype, device=out.device).transpose(0, 1)
+    _run_blocks(call, generated, first, programs, scratch, out)
 
 
 def backward(
@@ -104,30 +120,45 @@ def backward(
     sums: Tensor | None,
 ) -> None:
     """Gradients of a chunk. d_generated may be `generated` itself."""
-    problem, plan, target = _plan(call, generated.shape[1], training=True)
     blocks, count, _ = generated.shape
-    block_c, waiting = padded(problem.channels), _waiting(problem, plan)
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": grad.device}
-    place = problem.pixels * problem.channels
-    programs = _programs(call, problem, plan, target)
-    shapes = [torch.Size(shape).numel() for _, shape in call.sums()]
-    partial = torch.empty(count, sum(shapes[1:]), **wide)
-    table_sum = torch.zeros(programs if sums is not None else 0, place, **wide)
-    strides = zip(("batch", "plane", "row", "column"), grad.stride(), strict=True)
-    targets = generated if d_generated is None else d_generated
-    launch(
-        kernels.pixel_decoder_backward, (programs,), grad.device, plan.options,
-        **_arguments(call, generated, first, plan, target),
-        grad=grad, **{f"grad_{name}": stride for name, stride in strides},
-        d_image=call.image if d_image is None else d_image, d_generated=targets,
-        d_generated_block=targets.stride(0), d_generated_patch=targets.stride(1),
-        table_sum=table_sum, partial=partial, patches=count,
-        scratch=torch.empty(programs, blocks + 1, place, dtype=generated.dtype, device=grad.device),
-        scratch_x=torch.empty(programs if waiting else 0, problem.pixels * block_c, **wide),
-        scratch_2=torch.empty(programs if waiting else 0, waiting, block_c, **wide),
-        NEED_IMAGE=d_image is not None, NEED_WEIGHTS=d_generated is not None, NEED_SHARED=sums is not None,
-        SPAN=span(problem.pixels), FORWARD_TILE=min(padded(problem.pixels), 16 * plan.warps), PIXELS=plan.tile,
-    )  # fmt: skip
+    device, channels, pixels = call.image.device, call.channels, call.patch[0] * call.patch[1]
+    inputs, outputs = call.image.shape[1], call.out_channels
+    tile = min(padded(pixels), max(1, 2048 // padded(channels)))
+    tiles, groups = math.ceil(pixels / tile), min(count, target_of(device).processors)
+    side_by_side = min(count, at_once(call, training=True))
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    some = sums is not None
+    table = torch.zeros(groups if some else 0, pixels * channels, **wide)
+    pixel_weight = torch.zeros(groups * tiles if some else 0, inputs * channels, **wide)
+    norms = torch.empty(blocks, count, channels, **wide)
+    linear = 0 if call.linear_weight is None else outputs * (channels + 1)
+    output = torch.zeros(groups * tiles if some else 0, channels + linear, **wide)
+    scratch = torch.empty(blocks + 1, side_by_side, pixels, channels, dtype=generated.dtype, device=device)
+    options = (call.normalize, call.activation, True, call.norm_eps, call.weight_eps)
+    for begin in range(0, count, side_by_side):
+        end = min(begin + side_by_side, count)
+        kept = scratch[:, : end - begin]
+        dx = kept[blocks]
+        shared: dict[str, Any] = {**_shared(call, first + begin), "patches": end - begin, "TILE": tile}
+        _run_blocks(call, generated[:, begin:end], first + begin, end - begin, kept, None)
+        launch(
+            kernels.pixel_decoder_output_grad, (tiles, groups), device, Options(),
+            **shared, **_strides("grad", grad), **_output(call), last=dx, partial=output, NEED_SHARED=some,
+        )  # fmt: skip
+        for block in reversed(range(blocks)):
+            weights = split_params(generated[block, begin:end], channels, call.field_hidden, call.gated)
+            targets: Any = (None, None, None)
+            if d_generated is not None:
+                targets = split_params(d_generated[block, begin:end], channels, call.field_hidden, call.gated)
+            backward_into(
+                dx, norms[block, begin:end], dx, kept[block], *weights, call.small.norms[block], targets, *options
+            )  # fmt: skip
+        launch(
+            kernels.pixel_decoder_input_grad, (tiles, groups), device, Options(),
+            **shared, **_strides("image", call.image), dx=dx, pixel_weight=call.small.pixel_weight,
+            d_image=call.image if d_image is None else d_image, table_sum=table, partial=pixel_weight,
+            INPUTS=inputs, NEED_IMAGE=d_image is not None, NEED_SHARED=some,
+        )  # fmt: skip
     if sums is not None:
-        sums[: shapes[0]] += table_sum.sum(0, dtype=sums.dtype)
-        sums[shapes[0] :] += partial.sum(0, dtype=sums.dtype)
+        parts = (table, pixel_weight, *norms, output)
+        sums += torch.cat([part.sum(0, dtype=sums.dtype) for part in parts])
