@@ -46,6 +46,91 @@ def store_tile(
     tl.store(pointer + offsets, narrow(tile, pointer.dtype.element_ty, EMULATE), mask=inside)
 
 
+# Triton gives the lanes of a warp to the last axis of a tile first, and then, from 3.7 on, to the one before it, before to
+# the first one. Here that axis is the one across lanes; the other one is kept in registers.
+if triton.__version__ >= "3.7":
+
+    @triton.jit
+    def rows_across_lanes(L: tl.constexpr, R: tl.constexpr):
+        return tl.arange(0, R)[:, None, None, None] * L + tl.arange(0, L)[None, None, :, None]
+
+    @triton.jit
+    def sum_of_columns(tile):
+        """The sum of each column of a tile of `load_columns`, to be broadcast with it: [1, G, 1, W]."""
+        return tl.sum(tl.sum(tile, 0, keep_dims=True), 2, keep_dims=True)
+
+else:
+
+    @triton.jit
+    def rows_across_lanes(L: tl.constexpr, R: tl.constexpr):
+        return tl.arange(0, L)[:, None, None, None] * R + tl.arange(0, R)[None, None, :, None]
+
+    @triton.jit
+    def sum_of_columns(tile):
+        """The sum of each column of a tile of `load_columns`, to be broadcast with it: [1, G, 1, W]."""
+        return tl.sum(tl.sum(tile, 2, keep_dims=True), 0, keep_dims=True)
+
+
+@triton.jit
+def places_of_columns(
+    row_stride, first_row, first_column, row_count, COLUMN_COUNT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Offsets of a tile's elements in a matrix with dense rows, as [A, G, B, W], and which lie inside of it.
+
+    Element (a, g, b, w) is that of row a * B + b and column g * W + w. So each of four warps gets whole columns, some rows
+    in each lane and the others across lanes: sums over columns stay within it, where tiles of two dimensions would have
+    all warps meet in shared memory, in the same bank eight times.
+    """
+    G: tl.constexpr = 4 if COLUMNS >= 32 else 1
+    W: tl.constexpr = COLUMNS // G
+    L: tl.constexpr = min(ROWS, 32 // max(W // 8, 1))
+    R: tl.constexpr = ROWS // L
+    rows = first_row + rows_across_lanes(L, R)
+    columns = first_column + tl.arange(0, G)[None, :, None, None] * W + tl.arange(0, W)[None, None, None, :]
+    return rows.to(tl.int64) * row_stride + columns, (rows < row_count) & (columns < COLUMN_COUNT)
+
+
+@triton.jit
+def load_columns(
+    pointer, row_stride, first_row, first_column, row_count, COLUMN_COUNT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile as `places_of_columns` has it; zeros outside of row_count x COLUMN_COUNT."""
+    offsets, inside = places_of_columns(
+        row_stride, first_row, first_column, row_count, COLUMN_COUNT, ROWS, COLUMNS
+    )
+    return tl.load(pointer + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_columns(
+    pointer, row_stride, first_row, first_column, row_count, COLUMN_COUNT: tl.constexpr, tile,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Round such a tile once and store the part of it that lies inside of row_count x COLUMN_COUNT."""
+    offsets, inside = places_of_columns(
+        row_stride, first_row, first_column, row_count, COLUMN_COUNT,
+        tile.shape[0] * tile.shape[2], tile.shape[1] * tile.shape[3],
+    )  # fmt: skip
+    tl.store(pointer + offsets, narrow(tile, pointer.dtype.element_ty, EMULATE), mask=inside)
+
+
+@triton.jit
+def flat(tile):
+    """Such a tile as [rows, columns]."""
+    return tl.reshape(
+        tl.permute(tile, (0, 2, 1, 3)), (tile.shape[0] * tile.shape[2], tile.shape[1] * tile.shape[3])
+    )
+
+
+@triton.jit
+def in_columns(tile, like):
+    """A tile [rows, columns] as `like` has its own."""
+    shape: tl.constexpr = (like.shape[0], like.shape[2], like.shape[1], like.shape[3])
+    return tl.permute(tl.reshape(tile, shape), (0, 2, 1, 3))
+
+
 @triton.jit
 def narrow(x, NARROW: tl.constexpr, EMULATE: tl.constexpr):
     """x rounded to NARROW, to the nearest even."""
@@ -74,11 +159,20 @@ def inverse_norm(squares, eps):
 
 
 @triton.jit
-def unit_columns(w, eps, live, NORMALIZE: tl.constexpr):
-    """w / max(||w||, eps) over axis 0 of a tile that holds whole columns; zero where not `live`."""
+def inverse_norm_of_columns(squares, eps, first, COUNT: tl.constexpr):
+    """`inverse_norm` of sums of `sum_of_columns`, zero from column COUNT on; `first` is the tile's first column."""
+    G: tl.constexpr = squares.shape[1]
+    W: tl.constexpr = squares.shape[3]
+    columns = first + tl.arange(0, G)[None, :, None, None] * W + tl.arange(0, W)[None, None, None, :]
+    return tl.where(columns < COUNT, inverse_norm(squares, eps), 0.0)
+
+
+@triton.jit
+def unit_columns(w, eps, first, COUNT: tl.constexpr, NORMALIZE: tl.constexpr):
+    """w / max(||w||, eps) of a tile of `load_columns` that holds whole columns, from column `first` to COUNT."""
     w = w.to(tl.float32)
     if NORMALIZE:
-        w *= tl.where(live, inverse_norm(tl.sum(w * w, 0), eps), 0.0)[None, :]
+        w *= inverse_norm_of_columns(sum_of_columns(w * w), eps, first, COUNT)
     return w
 
 
@@ -86,12 +180,12 @@ def unit_columns(w, eps, live, NORMALIZE: tl.constexpr):
 def unit_columns_grad(w, squares, projection, gradient, eps, NORMALIZE: tl.constexpr):
     """Gradient of the raw w from that of its normalised columns.
 
-    squares: sum of w² over each whole column; projection: sum of w * gradient over it.
+    squares: sum of w² over each whole column; projection: sum of w * gradient over it; both to be broadcast with w.
     """
     if NORMALIZE:
         scale = inverse_norm(squares, eps)
         shift = tl.where(tl.rsqrt(squares) > scale, 0.0, projection * scale * scale)
-        gradient = scale[None, :] * (gradient - w.to(tl.float32) * shift[None, :])
+        gradient = scale * (gradient - w.to(tl.float32) * shift)
     return gradient
 
 

@@ -10,12 +10,17 @@ import triton
 import triton.language as tl
 
 from pixnerd_kernels.ops.gpu.pieces import (
+    flat,
+    in_columns,
     inverse_norm,
+    inverse_norm_of_columns,
     load_tile,
     narrow,
     operand,
     rms_norm_grad,
+    store_columns,
     store_tile,
+    sum_of_columns,
     unit_columns_grad,
 )
 from pixnerd_kernels.ops.neural_field_mlp.triton.parts import (
@@ -23,6 +28,7 @@ from pixnerd_kernels.ops.neural_field_mlp.triton.parts import (
     field_hidden_grad,
     field_input,
     finish_input_weight,
+    load_input_weight,
     load_norm,
     load_output_weight,
     load_weights,
@@ -50,6 +56,7 @@ def forward_tile(
     out = tl.zeros([TILE, BLOCK_C], tl.float32)
     if PIECE * PIECES >= HIDDEN:
         scaled1, scaled_gate, raw2, squares = whole
+        squares = tl.reshape(squares, [BLOCK_C])
         out = add_products(
             out, n, r, scaled1, scaled_gate, raw2, PIECES, GATED, LATE,
             ACTIVATION, FAST, PRECISION, NARROW, EMULATE,
@@ -61,7 +68,7 @@ def forward_tile(
                 w1, w2, w_gate, w1_row, w2_row, gate_row, weight, weight_eps, first,
                 NORM, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
             )  # fmt: skip
-            squares += part
+            squares += tl.reshape(part, [BLOCK_C])
             out = add_products(
                 out, n, r, scaled1, scaled_gate, raw2, PIECES, GATED, LATE,
                 ACTIVATION, FAST, PRECISION, NARROW, EMULATE,
@@ -263,23 +270,24 @@ def backward_patch(
     sum_norm = tl.zeros([BLOCK_C], tl.float32)
     if CHUNKS > 1:
         for first in range(0, HIDDEN, CHUNK):
-            squares2 += squares_of(
-                load_output_weight(w2, w2_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
-            )
+            raw2 = load_output_weight(w2, w2_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
+            squares2 += tl.reshape(squares_of(raw2), [BLOCK_C])
     for first in range(0, HIDDEN, CHUNK):
         scaled1, scaled_gate, raw2, part = load_weights(
             w1, w2, w_gate, w1_row, w2_row, gate_row, weight, weight_eps, first,
             NORM, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
         )  # fmt: skip
         if CHUNKS == 1:
-            squares2 = part
-        scale2 = tl.where(channels < CHANNELS, inverse_norm(squares2, weight_eps), 0.0)
+            whole2 = part
+        else:
+            whole2 = tl.reshape(squares2, part.shape)
         scaled2 = ()
         for p in tl.static_range(PIECES):
             if UNIT2:
-                scaled = narrow(raw2[p].to(tl.float32) * scale2[None, :], NARROW, EMULATE)
+                unit = raw2[p].to(tl.float32) * inverse_norm_of_columns(whole2, weight_eps, 0, CHANNELS)
+                scaled = flat(narrow(unit, NARROW, EMULATE))
             else:
-                scaled = operand(raw2[p], EMULATE)
+                scaled = operand(flat(raw2[p]), EMULATE)
             scaled2 = scaled2 + (scaled,)
         sum1, sum2, sum_gate = backward_tiles(
             grad, x, dx, scratch_x, scaled1, scaled2, scaled_gate, channels,
@@ -298,51 +306,45 @@ def backward_patch(
                 sum1, sum2, sum_gate = added(sum1, more1), added(sum2, more2), added(sum_gate, more_gate)
         # Weights are read again, from the cache: kept, they would cost the registers that the sums need. All of a
         # matrix before any of its gradient is stored, which may take its place.
-        again1 = ()
-        again_gate = ()
-        for p in tl.static_range(PIECES):
-            hidden = first + p * PIECE + tl.arange(0, PIECE)
-            if NEED_WEIGHTS or NORM:
-                again1 = again1 + (load_tile(w1, channels, w1_row, hidden, CHANNELS, HIDDEN),)
-                if GATED:
-                    again_gate = again_gate + (
-                        load_tile(w_gate, channels, gate_row, hidden, CHANNELS, HIDDEN),
-                    )
-        tl.debug_barrier()
-        product1 = tl.zeros([BLOCK_C, PIECE], tl.float32)
-        for p in tl.static_range(PIECES):
-            hidden = first + p * PIECE + tl.arange(0, PIECE)
-            if NEED_WEIGHTS or NORM:
+        if NEED_WEIGHTS or NORM:
+            again1 = load_input_weight(w1, w1_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
+            product1 = tl.zeros(again1[0].shape, tl.float32)
+            if GATED:
+                again_gate = load_input_weight(
+                    w_gate, gate_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES
+                )
+            tl.debug_barrier()
+            for p in tl.static_range(PIECES):
                 product1 += finish_input_weight(
-                    d1, d1_row, again1[p], tl.trans(sum1[p]), weight, weight_eps, channels, hidden,
+                    d1, d1_row, again1[p], tl.trans(sum1[p]), weight, weight_eps, first + p * PIECE,
                     NORM, UNIT1, CHANNELS, HIDDEN, NEED_WEIGHTS, EMULATE,
                 )  # fmt: skip
                 if GATED:
                     product1 += finish_input_weight(
                         d_gate, d_gate_row, again_gate[p], tl.trans(sum_gate[p]), weight, weight_eps,
-                        channels, hidden, NORM, UNIT_GATE, CHANNELS, HIDDEN, NEED_WEIGHTS, EMULATE,
+                        first + p * PIECE, NORM, UNIT_GATE, CHANNELS, HIDDEN, NEED_WEIGHTS, EMULATE,
                     )  # fmt: skip
-        again2 = ()
-        product2 = tl.zeros([PIECE, BLOCK_C], tl.float32)
-        for p in tl.static_range(PIECES):
-            hidden = first + p * PIECE + tl.arange(0, PIECE)
-            if NEED_WEIGHTS:
-                again2 = again2 + (load_tile(w2, hidden, w2_row, channels, HIDDEN, CHANNELS),)
-                product2 += again2[p].to(tl.float32) * sum2[p]
+            if NORM:
+                over_hidden = tl.sum(tl.sum(product1, 3, keep_dims=True), 1, keep_dims=True)
+                sum_norm += tl.reshape(over_hidden, [BLOCK_C])
+        if NEED_WEIGHTS:
+            again2 = load_output_weight(w2, w2_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
+            product2 = tl.zeros(again2[0].shape, tl.float32)
+            for p in tl.static_range(PIECES):
+                product2 += again2[p].to(tl.float32) * in_columns(sum2[p], again2[p])
                 if CHUNKS > 1:
+                    hidden = first + p * PIECE + tl.arange(0, PIECE)
                     waiting = scratch_2 + hidden[:, None] * BLOCK_C + channels[None, :]
                     inside = (hidden[:, None] < HIDDEN) & (channels[None, :] < BLOCK_C)
                     tl.store(waiting, sum2[p], mask=inside)
-        if NORM:
-            sum_norm += tl.sum(product1, 1)
-        if NEED_WEIGHTS:
-            projection2 += tl.sum(product2, 0)
-        if NEED_WEIGHTS and CHUNKS == 1:
-            tl.debug_barrier()
-            for p in tl.static_range(PIECES):
-                hidden = p * PIECE + tl.arange(0, PIECE)
-                d_raw = unit_columns_grad(again2[p], squares2, projection2, sum2[p], weight_eps, UNIT2)
-                store_tile(d2, hidden, d2_row, channels, HIDDEN, CHANNELS, d_raw, EMULATE)
+            along2 = sum_of_columns(product2)
+            projection2 += tl.reshape(along2, [BLOCK_C])
+            if CHUNKS == 1:
+                tl.debug_barrier()
+                for p in tl.static_range(PIECES):
+                    d_scaled = in_columns(sum2[p], again2[p])
+                    d_raw = unit_columns_grad(again2[p], whole2, along2, d_scaled, weight_eps, UNIT2)
+                    store_columns(d2, d2_row, p * PIECE, 0, HIDDEN, CHANNELS, d_raw, EMULATE)
         if CHUNKS > 1:
             # What one thread stored to scratch another may load.
             tl.debug_barrier()
@@ -353,7 +355,9 @@ def backward_patch(
             inside = (hidden[:, None] < HIDDEN) & (channels[None, :] < BLOCK_C)
             d_raw = tl.load(waiting, mask=inside, other=0.0)
             again = load_tile(w2, hidden, w2_row, channels, HIDDEN, CHANNELS)
-            d_raw = unit_columns_grad(again, squares2, projection2, d_raw, weight_eps, UNIT2)
+            d_raw = unit_columns_grad(
+                again, squares2[None, :], projection2[None, :], d_raw, weight_eps, UNIT2
+            )
             tl.debug_barrier()  # d2 may be w2 itself
             store_tile(d2, hidden, d2_row, channels, HIDDEN, CHANNELS, d_raw, EMULATE)
         tl.debug_barrier()

@@ -18,12 +18,15 @@ import triton.language as tl
 from pixnerd_kernels.ops.gpu.pieces import (
     activate,
     activate_with_slope,
-    inverse_norm,
-    load_tile,
+    flat,
+    in_columns,
+    inverse_norm_of_columns,
+    load_columns,
     narrow,
     operand,
     rms_norm,
-    store_tile,
+    store_columns,
+    sum_of_columns,
     unit_columns,
     unit_columns_grad,
 )
@@ -111,42 +114,50 @@ def load_norm(norm_weight, step, channels, NORM: tl.constexpr, CHANNELS: tl.cons
 
 
 @triton.jit
+def of_rows(weight, like):
+    """The norm's weight [C], to be broadcast with a tile of `load_columns` that has channels for rows."""
+    return tl.reshape(weight, (like.shape[0], 1, like.shape[2], 1))
+
+
+@triton.jit
 def scaled_input_weight(
-    raw, weight, eps, live,
-    NORM: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr, EMULATE: tl.constexpr,
+    raw, weight, eps, first,
+    NORM: tl.constexpr, UNIT: tl.constexpr, HIDDEN: tl.constexpr, NARROW: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """w1 or w_gate [C, H] as an operand: unit columns where UNIT, rows times the norm's weight where NORM."""
     if UNIT or NORM:
-        unit = unit_columns(raw, eps, live, UNIT)
+        unit = unit_columns(raw, eps, first, HIDDEN, UNIT)
         if NORM:
-            unit *= weight[:, None]
-        return narrow(unit, NARROW, EMULATE)
+            unit *= of_rows(weight, raw)
+        return flat(narrow(unit, NARROW, EMULATE))
     else:
-        return operand(raw, EMULATE)
+        return operand(flat(raw), EMULATE)
 
 
 @triton.jit
 def finish_input_weight(
-    target, row_stride, raw, gradient, weight, eps, channels, hidden,
+    target, row_stride, raw, gradient, weight, eps, first,
     NORM: tl.constexpr, UNIT: tl.constexpr, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
     NEED: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of the raw w1 or w_gate, and return what sums over H to the norm weight's gradient [C, H].
+    """Store the gradient of the raw w1 or w_gate from hidden unit `first` on, and return what sums over H to the norm
+    weight's gradient, shaped as raw.
 
     gradient [C, H] is that of the scaled weight.
     """
+    gradient = in_columns(gradient, raw)
     raw = raw.to(tl.float32)
-    squares = tl.sum(raw * raw, 0)
+    squares = sum_of_columns(raw * raw)
     product = raw * gradient
     d_norm = product
     if UNIT:
-        d_norm = product * tl.where(hidden < HIDDEN, inverse_norm(squares, eps), 0.0)[None, :]
+        d_norm = product * inverse_norm_of_columns(squares, eps, first, HIDDEN)
     if NEED:
         if NORM:
-            gradient *= weight[:, None]
-            product *= weight[:, None]
-        gradient = unit_columns_grad(raw, squares, tl.sum(product, 0), gradient, eps, UNIT)
-        store_tile(target, channels, row_stride, hidden, CHANNELS, HIDDEN, gradient, EMULATE)
+            gradient *= of_rows(weight, raw)
+            product *= of_rows(weight, raw)
+        gradient = unit_columns_grad(raw, squares, sum_of_columns(product), gradient, eps, UNIT)
+        store_columns(target, row_stride, 0, first, CHANNELS, HIDDEN, gradient, EMULATE)
     return d_norm
 
 
@@ -155,26 +166,26 @@ def load_input_weight(
     source, row_stride, first,
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of the raw w1 or w_gate from hidden unit `first` on: PIECES tiles [C, PIECE]."""
-    channels = tl.arange(0, BLOCK_C)
+    """A chunk of the raw w1 or w_gate from hidden unit `first` on: PIECES tiles [C, PIECE], of `load_columns`."""
     pieces = ()
     for p in tl.static_range(PIECES):
-        hidden = first + p * PIECE + tl.arange(0, PIECE)
-        pieces = pieces + (load_tile(source, channels, row_stride, hidden, CHANNELS, HIDDEN),)
+        pieces = pieces + (
+            load_columns(source, row_stride, 0, first + p * PIECE, CHANNELS, HIDDEN, BLOCK_C, PIECE),
+        )
     return pieces
 
 
 @triton.jit
 def scaled_input_weights(
-    raw, weight, eps, first,
-    NORM: tl.constexpr, UNIT: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr, NARROW: tl.constexpr,
-    EMULATE: tl.constexpr,
+    raw, weight, eps, first, NORM: tl.constexpr, UNIT: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr,
+    NARROW: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """`scaled_input_weight` of every piece of a chunk."""
     pieces = ()
     for p in tl.static_range(len(raw)):
-        live = first + p * PIECE + tl.arange(0, PIECE) < HIDDEN
-        pieces = pieces + (scaled_input_weight(raw[p], weight, eps, live, NORM, UNIT, NARROW, EMULATE),)
+        pieces = pieces + (
+            scaled_input_weight(raw[p], weight, eps, first + p * PIECE, NORM, UNIT, HIDDEN, NARROW, EMULATE),
+        )
     return pieces
 
 
@@ -183,22 +194,22 @@ def load_output_weight(
     source, row_stride, first,
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of the raw w2: PIECES tiles [PIECE, C]."""
-    channels = tl.arange(0, BLOCK_C)
+    """A chunk of the raw w2: PIECES tiles [PIECE, C], of `load_columns`."""
     pieces = ()
     for p in tl.static_range(PIECES):
-        hidden = first + p * PIECE + tl.arange(0, PIECE)
-        pieces = pieces + (load_tile(source, hidden, row_stride, channels, HIDDEN, CHANNELS),)
+        pieces = pieces + (
+            load_columns(source, row_stride, first + p * PIECE, 0, HIDDEN, CHANNELS, PIECE, BLOCK_C),
+        )
     return pieces
 
 
 @triton.jit
 def squares_of(raw):
-    """The sums of squares of the columns of a chunk of w2."""
+    """The sums of squares of the columns of a chunk of w2, to be broadcast with its tiles."""
     squares = tl.zeros(raw[0].shape, tl.float32)
     for p in tl.static_range(len(raw)):
         squares += raw[p].to(tl.float32) * raw[p].to(tl.float32)
-    return tl.sum(squares, 0)
+    return sum_of_columns(squares)
 
 
 @triton.jit
@@ -243,5 +254,7 @@ def add_products(
     """out [T, C] plus the hidden values of a chunk times the raw w2; weights as `load_weights` has them."""
     for p in tl.static_range(PIECES):
         h = field_hidden(n, r, scaled1[p], scaled_gate[p], GATED, LATE, ACTIVATION, FAST, PRECISION)
-        out = tl.dot(narrow(h, NARROW, EMULATE), operand(raw2[p], EMULATE), out, input_precision=PRECISION)
+        out = tl.dot(
+            narrow(h, NARROW, EMULATE), operand(flat(raw2[p]), EMULATE), out, input_precision=PRECISION
+        )
     return out
