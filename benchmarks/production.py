@@ -35,6 +35,8 @@ class Production:
     tensor_cores: bool = True
     #: Whether a kernel may keep more than fits into registers.
     may_spill: bool = False
+    #: Bytes that a forward may: counters and addresses that are read back once for each patch or tile.
+    spills: int = 0
 
     def launches(self, target: str) -> list[Launch]:
         """What the call launches on this GPU, without running it."""
@@ -162,7 +164,7 @@ _HOPPER = ("sm_90",)
 PRODUCTION: dict[str, Production] = {
     "field 64x128 bf16": Production(_field(16384, 256, 64, 128, torch.bfloat16)),
     "field 64x256 gated bf16": Production(_field(4096, 256, 64, 256, torch.bfloat16, gated=True)),
-    "field 64x128 fp16": Production(_field(16384, 256, 64, 128, torch.float16), _HOPPER),
+    "field 64x128 fp16": Production(_field(16384, 256, 64, 128, torch.float16), _HOPPER, spills=16),
     "field 64x128 fp32": Production(
         _field(16384, 256, 64, 128, torch.float32), ("sm_80", "sm_90"), tensor_cores=False, may_spill=True
     ),
@@ -172,12 +174,12 @@ PRODUCTION: dict[str, Production] = {
     "field 256x512 bf16": Production(
         _field(4096, 256, 256, 512, torch.bfloat16), _HOPPER, tensor_cores=False, may_spill=True
     ),
-    "decoder of 4 blocks 64x128 bf16": Production(_decoder(512, 16, 4, 64, 128, torch.bfloat16)),
+    "decoder of 4 blocks 64x128 bf16": Production(_decoder(512, 16, 4, 64, 128, torch.bfloat16), spills=24),
     "decoder of 4 blocks 64x128 fp32": Production(
         _decoder(512, 16, 4, 64, 128, torch.float32), _HOPPER, tensor_cores=False, may_spill=True
     ),
     "decoder of 4 gated blocks 64x256 bf16": Production(
-        _decoder(512, 16, 4, 64, 256, torch.bfloat16, gated=True), ("sm_90", "sm_100")
+        _decoder(512, 16, 4, 64, 256, torch.bfloat16, gated=True), ("sm_90", "sm_100"), spills=96
     ),
     "weights 64x128 bf16": Production(
         _weights(16384, 64, 128, torch.bfloat16), ("sm_90", "gfx942"), tensor_cores=False

@@ -25,9 +25,11 @@ TABLE = Path(__file__).parent / "results" / "static_resources.md"
 #: Bytes of shared memory that one program may take.
 SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-#: Spills that a backward may have: bytes, on gfx942 registers. A forward may have none. Sums of weight gradients take
-#: half of a backward's registers; what spills does so outside of the loop over pixels, and costs an H100 less than
-#: plans that keep everything in registers.
+#: Kernels without matrix products.
+_NO_PRODUCTS = {"pixel_decoder_output_grad", "pixel_decoder_input_grad"}
+#: Spills that a backward may have: bytes, on gfx942 registers; a forward has `Production.spills`. Sums of weight
+#: gradients take half of a backward's registers; what spills does so outside of the loop over pixels, and costs an H100
+#: less than plans that keep everything in registers.
 SPILLS_OF_BACKWARD = {"sm_80": 400, "sm_90": 600, "sm_100": 400, "gfx942": 64}
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 Job = tuple[str, str, int]
@@ -51,23 +53,23 @@ class Row:
 
 
 def jobs() -> list[Job]:
-    """(case, architecture, index of the launch) of everything to compile."""
+    """(case, architecture, index of the launch) of everything to compile, each once for a case and architecture."""
     from benchmarks.production import PRODUCTION
 
-    return [
-        (name, target, index)
-        for name, production in PRODUCTION.items()
-        for target in production.targets
-        for index in range(len(production.launches(target)))
-    ]
+    found = []
+    for name, production in PRODUCTION.items():
+        for target in production.targets:
+            known = set()
+            for index, launch in enumerate(production.launches(target)):
+                key = repr((launch.name, _variant(launch), launch.options))
+                if key not in known:
+                    known.add(key)
+                    found.append((name, target, index))
+    return found
 
 
-def compile_launch(launch: Launch, target: Target) -> Any:
-    """The kernel compiled as Triton would at the launch's first call."""
-    from triton import compile as build
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def _variant(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """What the kernel is compiled for: the kinds of its arguments, constants, and what is known of the others."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -86,6 +88,16 @@ def compile_launch(launch: Launch, target: Target) -> Any:
         signature[parameter.name] = kind
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, target: Target) -> Any:
+    """The kernel compiled as Triton would at the launch's first call."""
+    from triton import compile as build
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _variant(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
     return build(source, target=gpu, options=launch.options.named())
@@ -103,7 +115,7 @@ def measure(job: Job) -> Row:
         f"{key.lower()}={launch.arguments[key]}"
         for key in ("TILE", "PIECE", "PIECES", "BLOCK_R", "BLOCK_C", "BLOCK")
         if key in launch.arguments
-    )
+    ) + (" keep" if launch.arguments.get("KEEP") else "")
     if target.backend == "cuda":
         usage = _cubin_usage(compiled.asm["cubin"])
         registers, spills, assembly = usage["REG"], usage["STACK"], compiled.asm["ptx"]
@@ -159,10 +171,10 @@ def problems(row: Row) -> list[str]:
     if row.tensor_memory > 512:
         found.append(f"{name}: {row.tensor_memory} columns of tensor memory, 512 are there")
     production = PRODUCTION[row.case]
-    allowed = SPILLS_OF_BACKWARD[row.target] if "backward" in row.kernel else 0
+    allowed = SPILLS_OF_BACKWARD[row.target] if "backward" in row.kernel else production.spills
     if row.spills > allowed and not production.may_spill:
         found.append(f"{name}: spills {row.spills}, {allowed} are allowed")
-    if production.tensor_cores and not row.tensor_core_instructions:
+    if production.tensor_cores and row.kernel not in _NO_PRODUCTS and not row.tensor_core_instructions:
         found.append(f"{name}: no {TENSOR_CORES[row.target]}")
     return found
 

@@ -41,6 +41,7 @@ def plans(problem: Any) -> Iterator[Any]:
     from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan
 
     whole = padded(problem.hidden)
+    lates = (False, True) if problem.dtype == torch.bfloat16 else (False,)
     sizes = [size for size in (32, 64, 128) if whole // 4 <= size <= whole] or [whole]
     tiles = [
         tile
@@ -50,13 +51,19 @@ def plans(problem: Any) -> Iterator[Any]:
     for tile, piece, warps in itertools.product(tiles or [padded(problem.pixels)], sizes, (4, 8)):
         for pieces in sorted({1, -(-problem.hidden // piece)}):
             if problem.training:
+                yield Plan(tile, piece, pieces, warps, ahead=True)
                 # Where a kernel reads what it has written, loads must not be moved before the stores.
-                stages = (1, 3) if piece * pieces >= problem.hidden and not problem.decoder else (1,)
-                for depth in stages:
-                    yield Plan(tile, piece, pieces, warps, 0, depth == 1, depth)
+                if piece * pieces >= problem.hidden:
+                    for late in lates:
+                        yield Plan(
+                            tile, piece, pieces, warps, stages=3, late=late, carveout=72 if late else 0
+                        )
             else:
-                for registers, ahead in itertools.product((0, 168 if warps == 4 else 128), (False, True)):
-                    yield Plan(tile, piece, pieces, warps, registers, ahead)
+                for registers in (0, 168 if warps == 4 else 128):
+                    for ahead in (False, True):
+                        yield Plan(tile, piece, pieces, warps, registers, ahead)
+                    if lates[-1]:
+                        yield Plan(tile, piece, pieces, warps, registers, stages=2, late=True)
 
 
 def passes(case: Case, shape: Shape, plan: Any, device: torch.device) -> tuple[Callable[[], Any], Any, Any]:
@@ -156,10 +163,10 @@ def tune(
 
 
 def _has_own_plan(case: Case) -> bool:
-    """Packed weights differ from others in their addresses alone, saved ones in who made them."""
+    """Packed weights differ from others in their addresses alone; the decoder goes back with the field's own plan."""
     if isinstance(case.op, NeuralFieldMLP):
         return not case.op.packed
-    return isinstance(case.op, PixelDecoder) and not case.op.save_weights
+    return isinstance(case.op, PixelDecoder) and not case.training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

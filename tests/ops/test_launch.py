@@ -107,7 +107,12 @@ VARIANTS = {
     "negated": {"NEGATE": True},
     "parameter": {"source": torch.nn.Parameter(torch.zeros(64))},
 }
-OPTIONS = {"8 warps": Options(8), "3 stages": Options(4, 3), "few registers": Options(4, 1, 64)}
+OPTIONS = {
+    "8 warps": Options(8),
+    "3 stages": Options(4, 3),
+    "few registers": Options(4, 1, 64),
+    "more cache": Options(4, carveout=50),
+}
 
 
 def triton_takes(driver, given, options):
@@ -215,6 +220,36 @@ def test_another_device_is_made_current(driver, monkeypatch):
     launch.launch(scaled, (1,), CPU, Options(), **arguments())
     assert entered == [torch.device("cuda:3")]
     assert len(driver.launches) == 2
+
+
+def test_cache_is_asked_for_once_for_each_kernel(driver, monkeypatch):
+    """Of the compiled kernel itself, by CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT."""
+    asked = []
+
+    class Cuda:
+        def cuFuncSetAttribute(self, *given):
+            asked.append(tuple(number.value for number in given))
+
+    monkeypatch.setattr(launch, "_cuda", Cuda)
+    for options in (Options(4, carveout=72), Options(4, carveout=72), Options(4)):
+        launch.launch(scaled, (1,), CPU, options, **arguments())
+    (compiled,) = {
+        variant.function
+        for key, variant in launch._known[id(scaled)].variants.items()
+        if Options(4, carveout=72) in key
+    }
+    assert asked == [(compiled, 9, 72)]
+
+
+def test_no_driver_to_ask_for_cache(driver, monkeypatch):
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    launch._cuda.cache_clear()
+    try:
+        launch.launch(scaled, (1,), CPU, Options(4, carveout=72), **arguments())
+        assert launch._cuda() is None
+    finally:
+        launch._cuda.cache_clear()
+    assert len(driver.launches) == 1
 
 
 def test_an_unknown_triton_launches_by_itself(driver, monkeypatch):

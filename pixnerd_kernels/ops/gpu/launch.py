@@ -42,8 +42,8 @@ class Options:
     warps: int = 4
     stages: int = 1
     registers: int = 0  # a thread's at most; 0 leaves it to the compiler
-    #: Percent of a processor's fast memory that shall be shared memory, not cache; 0 leaves it to Triton, which asks for
-    #: all of it.
+    #: Percent of a processor's fast memory that shall be shared memory, not cache. 0 leaves it to Triton, which wants
+    #: all of it for kernels that take more than 48 KiB.
     carveout: int = 0
 
     def named(self) -> dict[str, int]:
@@ -182,16 +182,21 @@ def _launch(
 
 
 @functools.cache
-def _cuda() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+def _cuda() -> Any:
+    """The CUDA driver's library, or None where it has another name."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
 
 
 def _carve(function: int, percent: int) -> None:
-    """Ask for so much shared memory in later launches of a kernel. A wish: the GPU may not heed it."""
-    preferred_shared_memory_carveout = 9
-    _cuda().cuFuncSetAttribute(
-        ctypes.c_void_p(function), preferred_shared_memory_carveout, ctypes.c_int(percent)
-    )
+    """Wish for so much shared memory in later launches of a compiled kernel; the driver need not heed it."""
+    preferred_shared_memory_carveout = 9  # of CUfunction_attribute
+    if (cuda := _cuda()) is not None:
+        cuda.cuFuncSetAttribute(
+            ctypes.c_void_p(function), ctypes.c_int(preferred_shared_memory_carveout), ctypes.c_int(percent)
+        )
 
 
 def _describe(kernel: Any, arguments: dict[str, Any]) -> _Known:

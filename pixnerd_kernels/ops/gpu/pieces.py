@@ -46,9 +46,9 @@ def store_tile(
     tl.store(pointer + offsets, narrow(tile, pointer.dtype.element_ty, EMULATE), mask=inside)
 
 
-# Triton gives the lanes of a warp to the last axis of a tile first, and then, from 3.7 on, to the one before it, before to
-# the first one. Here that axis is the one across lanes; the other one is kept in registers.
-if triton.__version__ >= "3.7":
+# Triton gives a warp's lanes to the last axis of such a tile first, and then, from 3.7 on, to the one before the last,
+# in earlier versions to the first one. That axis shall be the one across lanes; the other one is kept in registers.
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
 
     @triton.jit
     def rows_across_lanes(L: tl.constexpr, R: tl.constexpr):
@@ -74,17 +74,17 @@ else:
 @triton.jit
 def places_of_columns(
     row_stride, first_row, first_column, row_count, COLUMN_COUNT: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Offsets of a tile's elements in a matrix with dense rows, as [A, G, B, W], and which lie inside of it.
 
-    Element (a, g, b, w) is that of row a * B + b and column g * W + w. So each of four warps gets whole columns, some rows
-    in each lane and the others across lanes: sums over columns stay within it, where tiles of two dimensions would have
-    all warps meet in shared memory, in the same bank eight times.
+    Element (a, g, b, w) is that of row a * B + b and column g * W + w. So each of four warps gets whole columns, some
+    rows in each lane and the others across lanes: sums over columns stay within it, where tiles of two dimensions would
+    have all warps meet in shared memory, in the same bank eight times. VECTOR: the numbers that a lane loads at once.
     """
     G: tl.constexpr = 4 if COLUMNS >= 32 else 1
     W: tl.constexpr = COLUMNS // G
-    L: tl.constexpr = min(ROWS, 32 // max(W // 8, 1))
+    L: tl.constexpr = min(ROWS, 32 // max(W // VECTOR, 1))
     R: tl.constexpr = ROWS // L
     rows = first_row + rows_across_lanes(L, R)
     columns = first_column + tl.arange(0, G)[None, :, None, None] * W + tl.arange(0, W)[None, None, None, :]
@@ -98,8 +98,9 @@ def load_columns(
 ):  # fmt: skip
     """A tile as `places_of_columns` has it; zeros outside of row_count x COLUMN_COUNT."""
     offsets, inside = places_of_columns(
-        row_stride, first_row, first_column, row_count, COLUMN_COUNT, ROWS, COLUMNS
-    )
+        row_stride, first_row, first_column, row_count, COLUMN_COUNT,
+        ROWS, COLUMNS, 128 // pointer.dtype.element_ty.primitive_bitwidth,
+    )  # fmt: skip
     return tl.load(pointer + offsets, mask=inside, other=0.0)
 
 
@@ -112,6 +113,7 @@ def store_columns(
     offsets, inside = places_of_columns(
         row_stride, first_row, first_column, row_count, COLUMN_COUNT,
         tile.shape[0] * tile.shape[2], tile.shape[1] * tile.shape[3],
+        128 // pointer.dtype.element_ty.primitive_bitwidth,
     )  # fmt: skip
     tl.store(pointer + offsets, narrow(tile, pointer.dtype.element_ty, EMULATE), mask=inside)
 

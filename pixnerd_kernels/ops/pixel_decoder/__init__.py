@@ -57,8 +57,9 @@ def pixel_decoder(
         patch_size: P, the pixels along the side of a patch.
         decoder_scale: (sh, sw); a patch has int(P * sh) x int(P * sw) pixels, which H and W must be multiples of.
         workspace: bytes that generated weights may take at a time (their gradients take the same place); None
-            decodes all patches at once; "auto" is 64 MiB, 256 MiB on a GPU. A chunk has at least one patch. The Triton
-            backend holds up to 64 MiB of activations beside it.
+            decodes all patches at once; "auto" is 64 MiB, on a GPU a hundredth of its memory if that is more, 768 MiB
+            at most. A chunk has at least one patch. Beside it the Triton backend holds up to 64 MiB of activations, in
+            backward 128 MiB.
         save_weights: keep the generated weights for backward, which is then faster by one product in four.
 
     Returns:

@@ -254,7 +254,8 @@ def backward_patch(
     GATED: tl.constexpr, NORM: tl.constexpr,
     UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr, SPAN: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of one patch; the pointers are its own. The weights' gradients may take the weights' own place.
 
@@ -277,10 +278,7 @@ def backward_patch(
             w1, w2, w_gate, w1_row, w2_row, gate_row, weight, weight_eps, first,
             NORM, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
         )  # fmt: skip
-        if CHUNKS == 1:
-            whole2 = part
-        else:
-            whole2 = tl.reshape(squares2, part.shape)
+        whole2 = part if CHUNKS == 1 else tl.reshape(squares2, part.shape)
         scaled2 = ()
         for p in tl.static_range(PIECES):
             if UNIT2:
@@ -377,7 +375,8 @@ def neural_field_mlp_backward(
     GATED: tl.constexpr, NORM: tl.constexpr,
     UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr, SPAN: tl.constexpr,
+    EMULATE: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of patch program_id(0), or where scratch is needed of every num_programs(0)-th patch from it.
 

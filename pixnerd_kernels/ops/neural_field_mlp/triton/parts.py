@@ -57,7 +57,10 @@ def field_hidden(
     n, r, w1, w_gate,
     GATED: tl.constexpr, LATE: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Hidden values [T, H]: act(n @ w1), or act(n @ w_gate) * (n @ w1). n and r of `field_input`, scaled weights [C, H]."""
+    """Hidden values [T, H]: act(n @ w1), or act(n @ w_gate) * (n @ w1).
+
+    n and r of `field_input`, scaled weights [C, H].
+    """
     z = tl.dot(n, w1, input_precision=PRECISION)
     if LATE:
         z *= r[:, None]

@@ -4,10 +4,10 @@ On sm_90 a product whose result feeds another uses wgmma only with 16 rows for e
 hidden units in the backward. More warps than rows would compute the same rows twice. The forward takes 64 pixels and 4
 warps, so that three patches share a processor, and 168 registers a thread, so that they do; the backward keeps its
 weight gradients in registers, which leaves room for tiles of 32 pixels and two patches a processor, and has the next
-tiles on their way to shared memory. On an H100 both were the fastest of some 180 plans each. On sm_100 products
-accumulate in tensor memory, of which 512 columns are there: a plan that needs more compiles to a kernel that does
-nothing. benchmarks/results/static_resources.md has what each plan takes; plans for GPUs other than the H100 have not
-been timed.
+tiles on their way to shared memory, from where they enter its products as they are; so does the decoder's forward. On
+an H100 these were the fastest of some 180 plans each. On sm_100 products accumulate in tensor memory, of which 512
+columns are there: a plan that needs more compiles to a kernel that does nothing. benchmarks/results/static_resources.md
+has what each plan takes; plans for GPUs other than the H100 have not been timed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Problem:
     pixels: int
     channels: int
     hidden: int
-    decoder: bool = False  # the block is one of a whole decoder's
+    decoder: bool = False  # a whole decoder's forward
 
     @staticmethod
     def of(x: Tensor, hidden: int, gated: bool, training: bool) -> Problem:
@@ -62,7 +62,9 @@ class Plan:
     """`tile` pixels at a time; `pieces` of `piece` hidden units on the chip at once.
 
     `registers`: a thread's at most, 0 leaves it to the compiler. A tile is loaded while the last is computed, into
-    registers where `ahead`, into shared memory where there are more `stages` than one.
+    registers where `ahead`, into shared memory where there are more `stages` than one. `late`: it enters the products
+    as it was loaded, and what comes of them is divided by its root mean square; for bfloat16, whose range has room for
+    that. `carveout`: as in `Options`.
     """
 
     tile: int
@@ -138,24 +140,26 @@ def _forward(problem: Problem, target: Target) -> Plan:
         piece = _piece(problem.hidden, 128)
         pieces = math.ceil(problem.hidden / piece)
         if not problem.gated and pieces == 1:
-            return Plan(_tile(problem, target, tile), piece, 1, warps, 168, ahead=not problem.decoder)
+            tile, late = _tile(problem, target, tile), problem.decoder and problem.dtype == torch.bfloat16
+            return Plan(tile, piece, 1, warps, 168, not problem.decoder, stages=2 if late else 1, late=late)
     return Plan(_tile(problem, target, tile), piece, pieces, warps)
 
 
 def _backward(problem: Problem, target: Target) -> Plan:
     c, wide = padded(problem.channels), problem.dtype == torch.float32
-    # On sm_80 the decoder's backward would spill with all of its sums.
-    tight = wide or target.backend == "hip" or (problem.decoder and 0 < _arch(target) < 90)
-    room = (_SUMS // 2 if tight else _SUMS) // (4 * c * (3 if problem.gated else 2))
+    room = (_SUMS // 2 if wide or target.backend == "hip" else _SUMS) // (4 * c * (3 if problem.gated else 2))
     piece = _piece(problem.hidden, max(16, min(128, 1 << (room.bit_length() - 1))))
     pieces = min(math.ceil(problem.hidden / piece), max(1, room // piece))
-    tile = 64 if _arch(target) >= 100 and not (wide or problem.gated or problem.decoder) else 32
+    tile = 64 if _arch(target) >= 100 and not (wide or problem.gated) else 32
     tile = _tile(problem, target, tile if c <= 128 and target.backend != "hip" else 16)
     if _arch(target) == 90 and not wide and c <= 64:
         piece = _piece(problem.hidden, 64)
         pieces = min(math.ceil(problem.hidden / piece), max(1, room // piece))
-        stages = 3 if piece * pieces >= problem.hidden and not problem.decoder else 1
-        return Plan(tile, piece, pieces, warps=4, ahead=stages == 1, stages=stages)
+        if piece * pieces < problem.hidden:
+            return Plan(tile, piece, pieces, warps=4, ahead=True)
+        late = problem.dtype == torch.bfloat16
+        # What shared memory two programs leave is cache, from which the weights are read again.
+        return Plan(tile, piece, pieces, warps=4, stages=3, late=late, carveout=72 if late else 0)
     return Plan(tile, piece, pieces, warps=8 if c * piece * pieces >= 2048 else 4)
 
 

@@ -1,12 +1,12 @@
 """The Triton kernels of the pixel decoder, made of the neural-field block's; the image is read and written in place.
 
-Forward: a program owns every num_programs-th patch. A block's weights are read and scaled once. The embedding belongs to
-the first block's loop over tiles of pixels, the output layer to the last one's; between two blocks tiles wait in the
+Forward: a program owns every num_programs-th patch. A block's weights are read and scaled once. The embedding belongs
+to the first block's loop over tiles of pixels, the output layer to the last one's; between two blocks tiles wait in the
 program's own scratch, small enough for the cache.
 
-Backward: the forward runs again and keeps what enters each block of a few hundred patches. Back through the output layer,
-through the blocks one by one with `neural_field_mlp`'s own backward, and through the embedding goes a gradient that is
-always kept in the same place. The first and the last of these kernels add up the gradients of what all patches share: a
+Backward: the forward runs again, for some hundred patches, and keeps what enters each block. A gradient then goes back
+through the output layer, through block after block with `neural_field_mlp`'s own backward, and through the embedding,
+always in the same place. The first and the last of these kernels add up the gradients of what all patches share: a
 program owns a tile of pixels, and goes from patch to patch.
 """
 
@@ -173,16 +173,17 @@ def pixel_decoder_forward(
     SECOND: tl.constexpr = FIRST + CHANNELS * HIDDEN
     channels = tl.arange(0, BLOCK_C)
     patch = tl.program_id(0)
-    scratch += patch.to(tl.int64) * scratch_patch
-    image_width = columns_of_patches * WIDTH
-    plane = rows_of_patches * HEIGHT * image_width
     while patch < patches:
+        # What follows from the program's number is worked out anew for each patch: kept, it would take registers.
+        places = scratch + opaque(tl.program_id(0)).to(tl.int64) * scratch_patch
+        image_width = opaque(columns_of_patches) * WIDTH
+        plane = rows_of_patches * HEIGHT * image_width
         batch, top, left = corner(first + patch, rows_of_patches, columns_of_patches, HEIGHT, WIDTH)
         own_image = image + batch * image_batch + top * image_row + left * image_column
         own_out = out + batch * OUTPUTS * plane + top * image_width + left
         # Pointers move on from block to block: a product of 32-bit numbers would overflow.
         own = generated + patch.to(tl.int64) * generated_patch
-        source = scratch
+        source = places
         block_of_patch(
             source, source + scratch_block, own_image, image_plane, image_row, image_column, pixel_weight, table,
             own + FIRST, own + SECOND, own, load_norm(norms, 1, channels, True, CHANNELS),
@@ -197,8 +198,8 @@ def pixel_decoder_forward(
                 source += scratch_block
                 target = source + scratch_block
             else:
-                source = scratch + (block % 2) * scratch_block
-                target = scratch + (1 - block % 2) * scratch_block
+                source = places + (block % 2) * scratch_block
+                target = places + (1 - block % 2) * scratch_block
             # What one thread stored to scratch another may load.
             tl.debug_barrier()
             block_of_patch(
