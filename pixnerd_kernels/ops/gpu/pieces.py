@@ -46,47 +46,16 @@ def store_tile(
     tl.store(pointer + offsets, narrow(tile, pointer.dtype.element_ty, EMULATE), mask=inside)
 
 
-# Triton gives a warp's lanes to the last axis of such a tile first, and then, from 3.7 on, to the one before the last,
-# in earlier versions to the first one. That axis shall be the one across lanes; the other one is kept in registers.
-if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
-
-    @triton.jit
-    def rows_across_lanes(L: tl.constexpr, R: tl.constexpr):
-        return tl.arange(0, R)[:, None, None, None] * L + tl.arange(0, L)[None, None, :, None]
-
-    @triton.jit
-    def sum_of_columns(tile):
-        """The sum of each column of a tile of `load_columns`, to be broadcast with it: [1, G, 1, W]."""
-        return tl.sum(tl.sum(tile, 0, keep_dims=True), 2, keep_dims=True)
-
-else:
-
-    @triton.jit
-    def rows_across_lanes(L: tl.constexpr, R: tl.constexpr):
-        return tl.arange(0, L)[:, None, None, None] * R + tl.arange(0, R)[None, None, :, None]
-
-    @triton.jit
-    def sum_of_columns(tile):
-        """The sum of each column of a tile of `load_columns`, to be broadcast with it: [1, G, 1, W]."""
-        return tl.sum(tl.sum(tile, 2, keep_dims=True), 0, keep_dims=True)
-
-
 @triton.jit
 def places_of_columns(
-    row_stride, first_row, first_column, row_count, COLUMN_COUNT: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+    row_stride, first_row, first_column, row_count, COLUMN_COUNT: tl.constexpr,
+    A: tl.constexpr, G: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Offsets of a tile's elements in a matrix with dense rows, as [A, G, B, W], and which lie inside of it.
 
-    Element (a, g, b, w) is that of row a * B + b and column g * W + w. So each of four warps gets whole columns, some
-    rows in each lane and the others across lanes: sums over columns stay within it, where tiles of two dimensions would
-    have all warps meet in shared memory, in the same bank eight times. VECTOR: the numbers that a lane loads at once.
+    Element (a, g, b, w) is that of row a * B + b and column g * W + w.
     """
-    G: tl.constexpr = 4 if COLUMNS >= 32 else 1
-    W: tl.constexpr = COLUMNS // G
-    L: tl.constexpr = min(ROWS, 32 // max(W // VECTOR, 1))
-    R: tl.constexpr = ROWS // L
-    rows = first_row + rows_across_lanes(L, R)
+    rows = first_row + tl.arange(0, A)[:, None, None, None] * B + tl.arange(0, B)[None, None, :, None]
     columns = first_column + tl.arange(0, G)[None, :, None, None] * W + tl.arange(0, W)[None, None, None, :]
     return rows.to(tl.int64) * row_stride + columns, (rows < row_count) & (columns < COLUMN_COUNT)
 
@@ -96,12 +65,46 @@ def load_columns(
     pointer, row_stride, first_row, first_column, row_count, COLUMN_COUNT: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile as `places_of_columns` has it; zeros outside of row_count x COLUMN_COUNT."""
+    """A tile as `places_of_columns` has it, zeros outside of row_count x COLUMN_COUNT.
+
+    Each of four warps gets whole columns, some rows in each lane and the others across lanes: sums over columns stay
+    within it, where tiles of two dimensions would have all warps meet in shared memory, in the same bank eight times.
+    """
+    G: tl.constexpr = 4 if COLUMNS >= 32 else 1
+    W: tl.constexpr = COLUMNS // G
+    # Sixteen bytes of a row to a lane.
+    LANES: tl.constexpr = min(ROWS, 32 // max(W * pointer.dtype.element_ty.primitive_bitwidth // 128, 1))
+    A: tl.constexpr = first_of_rows(ROWS, LANES)
     offsets, inside = places_of_columns(
-        row_stride, first_row, first_column, row_count, COLUMN_COUNT,
-        ROWS, COLUMNS, 128 // pointer.dtype.element_ty.primitive_bitwidth,
-    )  # fmt: skip
+        row_stride, first_row, first_column, row_count, COLUMN_COUNT, A, G, ROWS // A, W
+    )
     return tl.load(pointer + offsets, mask=inside, other=0.0)
+
+
+# Triton gives a warp's lanes to the last axis of such a tile first, and then, from 3.7 on, to the one before the last,
+# in earlier versions to the first one. That axis shall have the rows across lanes; the other one is kept in registers,
+# and summed over first.
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+
+    @triton.constexpr_function
+    def first_of_rows(rows, lanes):
+        return rows // lanes
+
+    @triton.jit
+    def sum_of_columns(tile):
+        """The sum of each column of a tile of `load_columns`, to be broadcast with it: [1, G, 1, W]."""
+        return tl.sum(tl.sum(tile, 0, keep_dims=True), 2, keep_dims=True)
+
+else:
+
+    @triton.constexpr_function
+    def first_of_rows(rows, lanes):
+        return lanes
+
+    @triton.jit
+    def sum_of_columns(tile):
+        """The sum of each column of a tile of `load_columns`, to be broadcast with it: [1, G, 1, W]."""
+        return tl.sum(tl.sum(tile, 2, keep_dims=True), 0, keep_dims=True)
 
 
 @triton.jit
@@ -112,8 +115,7 @@ def store_columns(
     """Round such a tile once and store the part of it that lies inside of row_count x COLUMN_COUNT."""
     offsets, inside = places_of_columns(
         row_stride, first_row, first_column, row_count, COLUMN_COUNT,
-        tile.shape[0] * tile.shape[2], tile.shape[1] * tile.shape[3],
-        128 // pointer.dtype.element_ty.primitive_bitwidth,
+        tile.shape[0], tile.shape[1], tile.shape[2], tile.shape[3],
     )  # fmt: skip
     tl.store(pointer + offsets, narrow(tile, pointer.dtype.element_ty, EMULATE), mask=inside)
 
