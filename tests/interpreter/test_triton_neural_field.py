@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from fields import Case, expected, fused_field, packed_field, packed_inputs, results
+from fields import Case, expected, fused_field, packed_field, packed_inputs, plain_and_exact, results
 from tolerance import assert_within
 from traffic import summary, traced
 
@@ -87,10 +87,26 @@ def test_every_plan_is_right(case, plan):
         assert_within(run(case, form=form, plan=plan), *map(same, expected(case)))
 
 
-def test_padding_is_inert_where_eps_is_zero():
+LATE = Plan(16, 32, 2, 4, late=True)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_a_late_divisor_is_right_in_bfloat16(gated, scale):
+    """Of pixels a thousand times as large and as small, too, whose gradients it shrinks and stretches."""
+    case = Case(s=33, d1=12, d2=50, gated=gated)
+    tensors, upstream = case.inputs(torch.bfloat16), case.upstream(torch.bfloat16)
+    tensors["x"] = tensors["x"] * scale
+    with tuned.override(LATE):
+        out = results(lambda **leaves: fused_field(case, **leaves), tensors, upstream)
+    assert_within(out, *plain_and_exact(case, tensors, upstream))
+
+
+@pytest.mark.parametrize("plan", [None, LATE], ids=str)
+def test_padding_is_inert_where_eps_is_zero(plan):
     """1 / max(||w||, 0) is infinite in the padded columns, rsqrt(0 + 0) in the padded rows."""
     case = Case(s=5, d1=12, d2=20, gated=True, norm_eps=0.0, weight_eps=0.0)
-    assert_within(run(case), *expected(case))
+    assert_within(run(case, plan=plan), *expected(case))
 
 
 def test_spans_of_long_sums_where_eps_is_zero():

@@ -1,12 +1,14 @@
 """What pixel_decoder touches and keeps: bounded memory, everything written, no input, the same bits each time."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from decoders import Case, decode, results
 
 from pixnerd_kernels import use_backend
+from pixnerd_kernels.ops.pixel_decoder import chunks
 
 CASES = [
     Case(),
@@ -169,3 +171,16 @@ def test_nan_stays_in_its_patch(backend, name, value):
         "upstream": (d_hidden[1, -1],),
     }
     assert not any(tensor.isfinite().any() for tensor in spoiled[name])
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(4, 64 << 20), (24, 240 << 20), (80, 768 << 20)])
+def test_auto_is_a_hundredth_of_a_gpu(monkeypatch, gigabytes, expected):
+    """At least what a CPU has, and no more than pays."""
+    properties = SimpleNamespace(total_memory=gigabytes * (100 << 20) * 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    chunks.default_workspace.cache_clear()
+    try:
+        assert chunks.default_workspace(torch.device("cuda", 0)) == expected
+        assert chunks.default_workspace(torch.device("cpu")) == 64 << 20
+    finally:
+        chunks.default_workspace.cache_clear()
