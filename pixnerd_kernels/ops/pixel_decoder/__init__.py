@@ -59,7 +59,7 @@ def pixel_decoder(
         workspace: bytes that generated weights may take at a time (their gradients take the same place); None
             decodes all patches at once; "auto" is 64 MiB, on a GPU a hundredth of its memory if that is more, 768 MiB
             at most. A chunk has at least one patch. Beside it the Triton backend holds up to 64 MiB of activations, in
-            backward 128 MiB.
+            backward 128 MiB, and float32 sums of those patches that it works on.
         save_weights: keep the generated weights for backward, which is then faster by one product in four.
 
     Returns:

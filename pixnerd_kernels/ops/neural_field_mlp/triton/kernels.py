@@ -1,7 +1,6 @@
 """The Triton kernels of the neural-field block: a program owns a patch and loops over tiles of its pixels.
 
-`forward_tile`, `forward_patch` and `backward_patch` do one block of one tile or patch, and are what other kernels that
-run such blocks call.
+`forward_tile` is what other kernels that run such blocks call.
 """
 
 from __future__ import annotations
@@ -303,7 +302,7 @@ def backward_patch(
                 )  # fmt: skip
                 sum1, sum2, sum_gate = added(sum1, more1), added(sum2, more2), added(sum_gate, more_gate)
         # Weights are read again, from the cache: kept, they would cost the registers that the sums need. All of a
-        # matrix before any of its gradient is stored, which may take its place.
+        # chunk of a matrix before any of its gradient is stored, which may take its place.
         if NEED_WEIGHTS or NORM:
             again1 = load_input_weight(w1, w1_row, first, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES)
             product1 = tl.zeros(again1[0].shape, tl.float32)

@@ -18,8 +18,9 @@ from pixnerd_kernels.ops.pixel_decoder.triton import kernels
 
 __all__ = ["at_once", "backward", "forward", "generate", "hidden_gradient", "weight_gradient"]
 
-#: Bytes of scratch that the forward may take, and the backward, unless one patch needs more.
-_SCRATCH, _KEPT = 64 << 20, 128 << 20
+#: Bytes of scratch that the forward may take, and in the backward block inputs and the table's sums, unless one patch
+#: needs more.
+_SCRATCH, _KEPT, _SUMS = 64 << 20, 128 << 20, 32 << 20
 
 
 def _problem(call: Call, patches: int, training: bool) -> Problem:
@@ -124,8 +125,9 @@ def backward(
     device, channels, pixels = call.image.device, call.channels, call.patch[0] * call.patch[1]
     inputs, outputs = call.image.shape[1], call.out_channels
     tile = min(padded(pixels), max(1, 2048 // padded(channels)))
-    tiles, groups = math.ceil(pixels / tile), min(count, target_of(device).processors)
     side_by_side = min(count, at_once(call, training=True))
+    most = max(1, _SUMS // (4 * pixels * channels))
+    tiles, groups = math.ceil(pixels / tile), min(side_by_side, target_of(device).processors, most)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
     some = sums is not None
     table = torch.zeros(groups if some else 0, pixels * channels, **wide)

@@ -40,7 +40,7 @@ def embed_pixels(
     live = rows < HEIGHT * WIDTH
     inside = live[:, None] & (channels[None, :] < CHANNELS)
     x = tl.load(table + rows[:, None] * CHANNELS + channels[None, :], mask=inside, other=0.0)
-    at = image + (rows // WIDTH).to(tl.int64) * image_row + (rows % WIDTH) * image_column
+    at = image + (rows // WIDTH).to(tl.int64) * image_row + (rows % WIDTH).to(tl.int64) * image_column
     # Pointers move on: a product of 32-bit numbers would overflow in a large image.
     for _ in range(INPUTS):
         pixel = tl.load(at, mask=live, other=0.0).to(tl.float32)
@@ -108,7 +108,8 @@ def block_of_patch(
             w1, w2, w_gate, HIDDEN, CHANNELS, HIDDEN, weight, weight_eps, 0,
             True, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
         )  # fmt: skip
-    for start in range(0, pixels, TILE):
+    # What `opaque` leads to cannot be loaded ahead of its turn, and a tile of the image need not be.
+    for start in tl.range(0, pixels, TILE, num_stages=1 if EMBED else None):
         rows = start + tl.arange(0, TILE)
         # Addresses of the image and the table that were kept from tile to tile would take too many registers.
         fresh = opaque(start) + tl.arange(0, TILE)
@@ -177,7 +178,7 @@ def pixel_decoder_forward(
         # What follows from the program's number is worked out anew for each patch: kept, it would take registers.
         places = scratch + opaque(tl.program_id(0)).to(tl.int64) * scratch_patch
         image_width = opaque(columns_of_patches) * WIDTH
-        plane = rows_of_patches * HEIGHT * image_width
+        plane = (rows_of_patches * HEIGHT).to(tl.int64) * image_width
         batch, top, left = corner(first + patch, rows_of_patches, columns_of_patches, HEIGHT, WIDTH)
         own_image = image + batch * image_batch + top * image_row + left * image_column
         own_out = out + batch * OUTPUTS * plane + top * image_width + left
@@ -246,7 +247,7 @@ def pixel_decoder_output_grad(
     while patch < patches:
         batch, top, left = corner(first + patch, rows_of_patches, columns_of_patches, HEIGHT, WIDTH)
         at = grad + batch * grad_batch + top * grad_row + left * grad_column
-        at += (rows // WIDTH).to(tl.int64) * grad_row + (rows % WIDTH) * grad_column
+        at += (rows // WIDTH).to(tl.int64) * grad_row + (rows % WIDTH).to(tl.int64) * grad_column
         own = last + patch.to(tl.int64) * (pixels * CHANNELS)
         # All are on their way before the first is waited for.
         unit = load_tile(own, rows, CHANNELS, channels, pixels, CHANNELS).to(tl.float32)
@@ -275,6 +276,9 @@ def pixel_decoder_output_grad(
         if FINAL_NORM:
             sum_norm += d_unit * unit
             d_unit = rms_norm_grad(d_unit * weight[None, :], unit, r, False, CHANNELS)
+        if LINEAR and not FINAL_NORM:
+            # Then no number that is stored follows from one that was loaded from the same place.
+            tl.debug_barrier()
         store_tile(own, rows, CHANNELS, channels, pixels, CHANNELS, d_unit, EMULATE)
         patch += tl.num_programs(1)
     if NEED_SHARED:
@@ -316,7 +320,7 @@ def pixel_decoder_input_grad(
     live = rows < pixels
     inside = live[:, None] & (channels[None, :] < CHANNELS)
     image_width = columns_of_patches * WIDTH
-    plane = rows_of_patches * HEIGHT * image_width
+    plane = (rows_of_patches * HEIGHT).to(tl.int64) * image_width
     total = tl.zeros([TILE, BLOCK_C], tl.float32)
     sums = ()
     for _ in tl.static_range(INPUTS):
@@ -329,7 +333,7 @@ def pixel_decoder_input_grad(
         d_embedded = load_tile(own, rows, CHANNELS, channels, pixels, CHANNELS).to(tl.float32)
         if NEED_SHARED:
             at = image + batch * image_batch + top * image_row + left * image_column
-            at += (rows // WIDTH).to(tl.int64) * image_row + (rows % WIDTH) * image_column
+            at += (rows // WIDTH).to(tl.int64) * image_row + (rows % WIDTH).to(tl.int64) * image_column
             values = ()
             for _ in tl.static_range(INPUTS):
                 values = values + (tl.load(at, mask=live, other=0.0).to(tl.float32),)
