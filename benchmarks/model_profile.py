@@ -24,7 +24,8 @@ _ATTENTION = ("aten::_scaled_dot_product_flash_attention_for_cpu",)
 #: Parts of the names of GPU kernels that compute attention, and of those that compute matrix products.
 _ATTENTION_KERNELS = ("flash", "fmha", "sdpa", "attention")
 _PRODUCT_KERNELS = (
-    "gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma", "splitk", "triton_tem", "neural_field_mlp", "pixel_decoder",
+    "gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma", "splitk", "triton_tem", "neural_field_mlp",
+    "pixel_decoder_forward",
 )  # fmt: skip
 #: Rows of a profile on a GPU; the rest is summed.
 _ROWS = 30

@@ -236,6 +236,7 @@ def test_kernels_by_kind():
     assert "4 kernels, 1 copies" in kernel_table(result)
     assert kernel_kind("void pytorch_flash::flash_fwd_kernel<...>") == "attention"
     assert kernel_kind("pixel_decoder_forward") == "product"
+    assert kernel_kind("pixel_decoder_output_grad") == "other"
     with pytest.raises(RuntimeError, match="saw nothing"):
         kernel_rows([])
 

@@ -9,8 +9,6 @@ import torch
 from pixnerd_kernels.ops.native import fresh
 
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
 SIZE = 64 << 20
 
 

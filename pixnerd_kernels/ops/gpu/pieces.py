@@ -47,6 +47,12 @@ def store_tile(
 
 
 @triton.jit
+def numbers_of_columns(first, G: tl.constexpr, W: tl.constexpr):
+    """The columns of a tile of `load_columns` from column `first` on, [1, G, 1, W]."""
+    return first + tl.arange(0, G)[None, :, None, None] * W + tl.arange(0, W)[None, None, None, :]
+
+
+@triton.jit
 def places_of_columns(
     row_stride, first_row, first_column, row_count, COLUMN_COUNT: tl.constexpr,
     A: tl.constexpr, G: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
@@ -56,7 +62,7 @@ def places_of_columns(
     Element (a, g, b, w) is that of row a * B + b and column g * W + w.
     """
     rows = first_row + tl.arange(0, A)[:, None, None, None] * B + tl.arange(0, B)[None, None, :, None]
-    columns = first_column + tl.arange(0, G)[None, :, None, None] * W + tl.arange(0, W)[None, None, None, :]
+    columns = numbers_of_columns(first_column, G, W)
     return rows.to(tl.int64) * row_stride + columns, (rows < row_count) & (columns < COLUMN_COUNT)
 
 
@@ -165,9 +171,7 @@ def inverse_norm(squares, eps):
 @triton.jit
 def inverse_norm_of_columns(squares, eps, first, COUNT: tl.constexpr):
     """`inverse_norm` of sums of `sum_of_columns`, zero from column COUNT on; `first` is the tile's first column."""
-    G: tl.constexpr = squares.shape[1]
-    W: tl.constexpr = squares.shape[3]
-    columns = first + tl.arange(0, G)[None, :, None, None] * W + tl.arange(0, W)[None, None, None, :]
+    columns = numbers_of_columns(first, squares.shape[1], squares.shape[3])
     return tl.where(columns < COUNT, inverse_norm(squares, eps), 0.0)
 
 

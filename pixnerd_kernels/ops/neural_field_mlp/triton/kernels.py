@@ -80,45 +80,6 @@ def forward_tile(
 
 
 @triton.jit
-def forward_patch(
-    x, w1, w2, w_gate, y, weight, channels, pixels, first_tile, tiles_apart, norm_eps, weight_eps,
-    x_row: tl.constexpr, w1_row: tl.constexpr, w2_row: tl.constexpr, gate_row: tl.constexpr,
-    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_C: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
-    GATED: tl.constexpr, NORM: tl.constexpr,
-    UNIT1: tl.constexpr, UNIT2: tl.constexpr, UNIT_GATE: tl.constexpr,
-    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
-):  # fmt: skip
-    """Every tiles_apart-th tile of y [pixels, CHANNELS] of one patch; the pointers are its own.
-
-    AHEAD: the next tile is loaded before this one is computed.
-    """
-    if AHEAD:
-        rows = first_tile * TILE + tl.arange(0, TILE)
-        following = load_tile(x, rows, x_row, channels, pixels, CHANNELS)
-    whole = ()
-    if PIECE * PIECES >= HIDDEN:
-        whole = load_weights(
-            w1, w2, w_gate, w1_row, w2_row, gate_row, weight, weight_eps, 0,
-            NORM, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
-        )  # fmt: skip
-    for start in range(first_tile * TILE, pixels, tiles_apart * TILE):
-        rows = start + tl.arange(0, TILE)
-        if AHEAD:
-            tile = following
-            following = load_tile(x, rows + tiles_apart * TILE, x_row, channels, pixels, CHANNELS)
-        else:
-            tile = load_tile(x, rows, x_row, channels, pixels, CHANNELS)
-        out = forward_tile(
-            tile, rows < pixels, w1, w2, w_gate, whole, weight, norm_eps, weight_eps, w1_row, w2_row, gate_row,
-            CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
-            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, LATE,
-        )  # fmt: skip
-        store_tile(y, rows, CHANNELS, channels, pixels, CHANNELS, out, EMULATE)
-
-
-@triton.jit
 def neural_field_mlp_forward(
     x, w1, w2, w_gate, norm_weight, y,
     pixels, x_patch, w1_patch, w2_patch, gate_patch, norm_step, norm_eps, weight_eps,
@@ -130,16 +91,40 @@ def neural_field_mlp_forward(
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     EMULATE: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """y of patch program_id(0); the programs along axis 1 share its tiles."""
-    patch = tl.program_id(0).to(tl.int64)
+    """y of patch program_id(0); the programs along axis 1 share its tiles.
+
+    AHEAD: the next tile is loaded before this one is computed.
+    """
+    patch, apart = tl.program_id(0).to(tl.int64), tl.num_programs(1) * TILE
+    x += patch * x_patch
+    y += patch * pixels * CHANNELS
+    w1 += patch * w1_patch
+    w2 += patch * w2_patch
+    w_gate += patch * gate_patch
     channels = tl.arange(0, BLOCK_C)
-    forward_patch(
-        x + patch * x_patch, w1 + patch * w1_patch, w2 + patch * w2_patch, w_gate + patch * gate_patch,
-        y + patch * pixels * CHANNELS, load_norm(norm_weight, norm_step, channels, NORM, CHANNELS),
-        channels, pixels, tl.program_id(1), tl.num_programs(1), norm_eps, weight_eps, x_row, w1_row, w2_row, gate_row,
-        CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
-        ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, AHEAD, LATE,
-    )  # fmt: skip
+    weight = load_norm(norm_weight, norm_step, channels, NORM, CHANNELS)
+    begin = tl.program_id(1) * TILE
+    if AHEAD:
+        following = load_tile(x, begin + tl.arange(0, TILE), x_row, channels, pixels, CHANNELS)
+    whole = ()
+    if PIECE * PIECES >= HIDDEN:
+        whole = load_weights(
+            w1, w2, w_gate, w1_row, w2_row, gate_row, weight, weight_eps, 0,
+            NORM, GATED, UNIT1, UNIT_GATE, CHANNELS, HIDDEN, BLOCK_C, PIECE, PIECES, EMULATE,
+        )  # fmt: skip
+    for start in range(begin, pixels, apart):
+        rows = start + tl.arange(0, TILE)
+        if AHEAD:
+            tile = following
+            following = load_tile(x, rows + apart, x_row, channels, pixels, CHANNELS)
+        else:
+            tile = load_tile(x, rows, x_row, channels, pixels, CHANNELS)
+        out = forward_tile(
+            tile, rows < pixels, w1, w2, w_gate, whole, weight, norm_eps, weight_eps, w1_row, w2_row, gate_row,
+            CHANNELS, HIDDEN, TILE, BLOCK_C, PIECE, PIECES, GATED, NORM, UNIT1, UNIT2, UNIT_GATE,
+            ACTIVATION, RESIDUAL, FAST, PRECISION, EMULATE, LATE,
+        )  # fmt: skip
+        store_tile(y, rows, CHANNELS, channels, pixels, CHANNELS, out, EMULATE)
 
 
 @triton.jit

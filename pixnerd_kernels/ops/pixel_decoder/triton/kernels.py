@@ -28,6 +28,12 @@ from pixnerd_kernels.ops.neural_field_mlp.triton.parts import load_norm, load_we
 
 
 @triton.jit
+def places_of_pixels(rows, row_stride, column_stride, WIDTH: tl.constexpr):
+    """Where pixels of a patch lie in a plane of an image, from the patch's first pixel on, as 64-bit numbers."""
+    return (rows // WIDTH).to(tl.int64) * row_stride + (rows % WIDTH).to(tl.int64) * column_stride
+
+
+@triton.jit
 def embed_pixels(
     image, image_plane, image_row, image_column, pixel_weight, table, rows, channels,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -40,7 +46,7 @@ def embed_pixels(
     live = rows < HEIGHT * WIDTH
     inside = live[:, None] & (channels[None, :] < CHANNELS)
     x = tl.load(table + rows[:, None] * CHANNELS + channels[None, :], mask=inside, other=0.0)
-    at = image + (rows // WIDTH).to(tl.int64) * image_row + (rows % WIDTH).to(tl.int64) * image_column
+    at = image + places_of_pixels(rows, image_row, image_column, WIDTH)
     # Pointers move on: a product of 32-bit numbers would overflow in a large image.
     for _ in range(INPUTS):
         pixel = tl.load(at, mask=live, other=0.0).to(tl.float32)
@@ -65,7 +71,7 @@ def write_pixels(
     if FINAL_NORM:
         x, _ = rms_norm(x, live, norm_eps, CHANNELS)
         x *= load_norm(final_norm, 1, channels, True, CHANNELS)[None, :]
-    at = out + (rows // WIDTH).to(tl.int64) * out_row + rows % WIDTH
+    at = out + places_of_pixels(rows, out_row, 1, WIDTH)
     if LINEAR:
         for c in tl.static_range(OUTPUTS):
             row = tl.load(linear_weight + c * CHANNELS + channels, mask=channels < CHANNELS, other=0.0)
@@ -247,7 +253,7 @@ def pixel_decoder_output_grad(
     while patch < patches:
         batch, top, left = corner(first + patch, rows_of_patches, columns_of_patches, HEIGHT, WIDTH)
         at = grad + batch * grad_batch + top * grad_row + left * grad_column
-        at += (rows // WIDTH).to(tl.int64) * grad_row + (rows % WIDTH).to(tl.int64) * grad_column
+        at += places_of_pixels(rows, grad_row, grad_column, WIDTH)
         own = last + patch.to(tl.int64) * (pixels * CHANNELS)
         # All are on their way before the first is waited for.
         unit = load_tile(own, rows, CHANNELS, channels, pixels, CHANNELS).to(tl.float32)
@@ -333,7 +339,7 @@ def pixel_decoder_input_grad(
         d_embedded = load_tile(own, rows, CHANNELS, channels, pixels, CHANNELS).to(tl.float32)
         if NEED_SHARED:
             at = image + batch * image_batch + top * image_row + left * image_column
-            at += (rows // WIDTH).to(tl.int64) * image_row + (rows % WIDTH).to(tl.int64) * image_column
+            at += places_of_pixels(rows, image_row, image_column, WIDTH)
             values = ()
             for _ in tl.static_range(INPUTS):
                 values = values + (tl.load(at, mask=live, other=0.0).to(tl.float32),)
@@ -345,7 +351,7 @@ def pixel_decoder_input_grad(
             sums = next_sums
         if NEED_IMAGE:
             to = d_image + batch * INPUTS * plane + top * image_width + left
-            to += (rows // WIDTH).to(tl.int64) * image_width + rows % WIDTH
+            to += places_of_pixels(rows, image_width, 1, WIDTH)
             for c in tl.static_range(INPUTS):
                 row = tl.load(pixel_weight + c * CHANNELS + channels, mask=channels < CHANNELS, other=0.0)
                 d_pixel = narrow(tl.sum(d_embedded * row[None, :], 1), d_image.dtype.element_ty, EMULATE)
