@@ -155,6 +155,8 @@ def _repeated(call: Call, number: int) -> float:
 
 def peak_memory(call: Call, times: int = 1) -> int:
     """Bytes that calls allocate beyond what was live before the first, at their peak."""
+    # Tensors in cycles that calls before have left would count as live, and might be freed in the middle.
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
