@@ -175,6 +175,7 @@ PRODUCTION: dict[str, Production] = {
     "field 64x128 fp32": Production(
         _field(16384, 256, 64, 128, torch.float32), ("sm_80", "sm_90"), tensor_cores=False, may_spill=True
     ),
+    "field 64x128 of 64 pixels bf16": Production(_field(65536, 64, 64, 128, torch.bfloat16), _HOPPER),
     "field 12x24 of 20 pixels bf16": Production(
         _field(65536, 20, 12, 24, torch.bfloat16), _HOPPER, tensor_cores=False
     ),

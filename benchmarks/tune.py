@@ -134,6 +134,8 @@ def tune(
 
     target = target_of(device)
     problem = problem_of(case)
+    if policy.on_hopper(problem, target):
+        return {"case": case.name, "problem": problem.key, "error": "a kernel without plans takes it"}
     chosen = policy.choose(problem, target)
     candidates = list(dict.fromkeys([chosen, *(only or plans(problem))]))
     found, refused = [], []

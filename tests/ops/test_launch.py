@@ -253,7 +253,7 @@ def test_no_driver_to_ask_for_cache(driver, monkeypatch):
 
 
 def test_an_unknown_triton_launches_by_itself(driver, monkeypatch):
-    monkeypatch.setattr(launch, "_DIRECT", False)
+    monkeypatch.setattr(launch, "KNOWN_TRITON", False)
     for _ in range(3):
         launch.launch(scaled, (1,), CPU, Options(), **arguments())
     assert all(isinstance(given[0], torch.Tensor) for *_, given in driver.launches)

@@ -92,8 +92,9 @@ _pretended: Target | None = None
 _known: dict[int, _Known] = {}
 #: Variants of a kernel that are remembered: shapes that never end must not fill the memory.
 _MOST_VARIANTS = 4096
-#: The Tritons whose launcher is called as `_launch` does; all others launch by themselves.
-_DIRECT = triton.__version__.startswith(("3.6.", "3.7."))
+#: Whether this is one of the Tritons whose launcher is called as `_launch` does, and whose Gluon is written here. All
+#: others launch by themselves and run the kernels that are not in Gluon.
+KNOWN_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 _RUN = JITFunction.run
 
 
@@ -167,8 +168,11 @@ def _launch(
         compiled = kernel[grid](**arguments, **options.named())
         if options.carveout:
             _carve(compiled.function, options.carveout)
-        # Triton looks at global values at every launch; and no address of the host's may pass for the device's.
-        if not kernel.used_global_vals and all(tensor.device.index == device for tensor in tensors):
+        # Triton looks at global variables at every launch; and no address of the host's may pass for the device's.
+        constant = all(
+            isinstance(value, triton.language.constexpr) for value, _ in kernel.used_global_vals.values()
+        )
+        if constant and all(tensor.device.index == device for tensor in tensors):
             if len(known.variants) >= _MOST_VARIANTS:
                 known.variants.clear()
             known.variants[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata)
@@ -202,7 +206,7 @@ def _carve(function: int, percent: int) -> None:
 def _describe(kernel: Any, arguments: dict[str, Any]) -> _Known:
     """Where a kernel's tensors are among its arguments, if its launches need nothing of Triton."""
     # On AMD's GPUs a variant depends on the sizes of tensors, too.
-    if not _DIRECT or type(kernel) is not JITFunction or torch.version.hip is not None:
+    if not KNOWN_TRITON or not isinstance(kernel, JITFunction) or torch.version.hip is not None:
         return _Known(kernel)
     names = kernel.arg_names
     if set(names) != set(arguments):  # a default's value is not here, or Triton has to complain

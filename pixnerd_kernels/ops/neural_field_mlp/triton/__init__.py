@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixnerd_kernels.ops.gpu.launch import emulates, launch, padded, precision, target_of
+from pixnerd_kernels.ops.gpu.launch import Options, Target, emulates, launch, padded, precision, target_of
 from pixnerd_kernels.ops.native import dense_rows
 from pixnerd_kernels.ops.neural_field_mlp.shapes import check_gradient, check_weights
 from pixnerd_kernels.ops.neural_field_mlp.triton import kernels
-from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose, span
+from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose, on_hopper, span
 
 
 def _arguments(
@@ -111,6 +111,10 @@ def backward_into(
     grad = dense_rows(grad)
     device = target_of(x.device)
     problem = Problem.of(x, w1.shape[2], w_gate is not None, training=True)
+    if on_hopper(problem, device) and _run_on_hopper(
+        device, dx, d_norm, grad, x, w1, w2, norm_weight, targets, *options
+    ):
+        return
     plan = choose(problem, device)
     programs, chunks = plan.programs(problem, device), plan.chunks(problem)
     d1, d2, d_gate = (x if target is None else target for target in targets)
@@ -127,3 +131,52 @@ def backward_into(
         d_gate_patch=d_gate.stride(0), d_gate_row=d_gate.stride(1),
         NEED_X=dx is not None, NEED_WEIGHTS=targets[0] is not None, SPAN=span(problem.pixels),
     )  # fmt: skip
+
+
+def _run_on_hopper(
+    device: Target,
+    dx: Tensor | None,
+    d_norm: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    norm_weight: Tensor | None,
+    targets: Sequence[Tensor | None],
+    normalize: Sequence[bool],
+    activation: str,
+    residual: bool,
+    norm_eps: float,
+    weight_eps: float,
+) -> bool:
+    """`backward_into` by the kernel in `hopper`; False, and nothing done, where it does not take this call."""
+    d1, d2, _ = targets
+    if dx is None or d1 is None or d2 is None or norm_weight is None or activation != "silu":
+        return False
+    check_weights(x, w1, w2, None, norm_weight)
+    x, w1, w2 = dense_rows(x), dense_rows(w1), dense_rows(w2)
+    if not all(map(_in_pieces_of_16_bytes, (grad, x, w1, w2, d1, d2))):
+        return False
+    # Imported here, since the interpreter and other Tritons have no Gluon.
+    from pixnerd_kernels.ops.neural_field_mlp.triton import hopper
+
+    patches, pixels, _ = x.shape
+    launch(
+        hopper.neural_field_mlp_backward_hopper, (min(patches, device.processors),), x.device, _ON_HOPPER,
+        grad=grad, x=x, w1=w1, w2=w2, norm_weight=norm_weight, dx=dx, d1=d1, d2=d2, d_norm=d_norm,
+        patches=patches, pixels=pixels, grad_patch=grad.stride(0), x_patch=x.stride(0), w1_patch=w1.stride(0),
+        w2_patch=w2.stride(0), d1_patch=d1.stride(0), d2_patch=d2.stride(0), norm_step=norm_weight.stride(0),
+        norm_eps=norm_eps, weight_eps=weight_eps, grad_row=grad.stride(1), x_row=x.stride(1), w1_row=w1.stride(1),
+        w2_row=w2.stride(1), d1_row=d1.stride(1), d2_row=d2.stride(1),
+        UNIT1=normalize[0], UNIT2=normalize[1], RESIDUAL=residual, FULL=pixels % 128 == 0,
+    )  # fmt: skip
+    return True
+
+
+#: A program fills a processor.
+_ON_HOPPER = Options(warps=8, registers=255)
+
+
+def _in_pieces_of_16_bytes(tensor: Tensor) -> bool:
+    """Whether every row can be copied so, and Triton knows it of the patches, whose stride it takes at run time."""
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 16 == 0 and tensor.stride(1) % 8 == 0

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels.ops.gpu import tuned
-from pixnerd_kernels.ops.gpu.launch import Options, Target, padded
+from pixnerd_kernels.ops.gpu.launch import KNOWN_TRITON, Options, Target, padded
 
 TUNED = Path(__file__).with_name("tuned.json")
 #: Sums of weight gradients that fit in a program's registers, in bytes.
@@ -107,6 +107,21 @@ class Plan:
 def span(pixels: int) -> int:
     """Pixels that the backward adds up at a time: 0, which is all, in patches of ordinary size."""
     return 0 if pixels <= 1024 else 256
+
+
+def on_hopper(problem: Problem, target: Target) -> bool:
+    """Whether the kernel in `hopper` takes this backward: no plan is wanted, and tiles of 128 pixels are half full."""
+    return (
+        KNOWN_TRITON
+        and _arch(target) == 90
+        and problem.training
+        and not problem.gated
+        and problem.dtype in (torch.bfloat16, torch.float16)
+        and (problem.channels, problem.hidden) == (64, 128)
+        and problem.pixels > 64
+        and not span(problem.pixels)
+        and tuned.overridden() is None
+    )
 
 
 def choose(problem: Problem, target: Target) -> Plan:
