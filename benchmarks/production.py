@@ -101,14 +101,15 @@ def _decoder(
     gated: bool = False,
     inputs: int = 3,
 ) -> Callable[[], object]:
-    """Forward and backward of the decoder on a chunk of patches of one image, with every gradient."""
+    """Forward and backward of the decoder on a chunk of patches of one image, 16 a line, with every gradient."""
 
     def run() -> None:
         from pixnerd_kernels.ops.pixel_decoder.chunks import AUTO, Call
 
         triton = _launchers("pixel_decoder")
         rows = (3 if gated else 2) * d1 * d2
-        image = _empty(1, inputs, patches * size, size, dtype=dtype)
+        height, width = patches // 16 * size, 16 * size
+        image = _empty(1, inputs, height, width, dtype=dtype)
         wide = {"dtype": torch.float32}
         call = Call(
             image, _empty(1, patches, 8, dtype=dtype), _empty(d1, inputs + 64, **wide), _empty(d1, **wide),
@@ -117,7 +118,7 @@ def _decoder(
             (size, size), "dct", 8, (1.0, 1.0), gated, (True, True, True), "silu", 1e-6, 1e-12, AUTO,
         )  # fmt: skip
         generated = _empty(blocks, patches, rows, dtype=dtype)
-        out = _empty(1, call.out_channels, patches * size, size, dtype=dtype)
+        out = _empty(1, call.out_channels, height, width, dtype=dtype)
         triton.forward(call, generated, 0, out)
         sums = _empty(sum(torch.Size(shape).numel() for _, shape in call.sums()), dtype=torch.float64)
         triton.backward(call, generated, 0, out, image, generated, sums)

@@ -9,7 +9,8 @@ from decoders import Case, decode, expected, plain_decoder, results
 from fields import FLOATS
 from tolerance import assert_same, assert_within
 
-from pixnerd_kernels.ops.pixel_decoder import chunks
+from pixnerd_kernels import use_backend
+from pixnerd_kernels.ops.pixel_decoder import chunks, reference
 
 FAMILIES = [
     Case(),
@@ -162,6 +163,20 @@ def test_only_the_results_are_written(any_isa, case, save_weights, monkeypatch):
         assert torch.equal(tensor, plain[name]), name
     for name, tensor in {**tensors, "upstream": upstream}.items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("patches", [4, None], ids=str)
+def test_biases_whose_gradients_come_with_the_weights(monkeypatch, patches, dtype):
+    """By a column of ones beside the hidden states, as on a GPU; and without the weights' gradients by themselves."""
+    case = FAMILIES[0]
+    monkeypatch.setattr(reference, "columns_of_ones", lambda call: 3)
+    options = {"workspace": None if patches is None else case.workspace(patches, dtype)}
+    tensors, upstream = case.inputs(dtype), case.upstream(dtype)
+    with use_backend("reference"):
+        out = results(functools.partial(decode, case, **options), tensors, upstream)
+    assert_within(out, *expected(case, dtype))
+    assert all(gradient.is_contiguous() for gradient in out.values())
 
 
 def test_a_kept_encoding_stays(monkeypatch):

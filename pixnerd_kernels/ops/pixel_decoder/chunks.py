@@ -8,6 +8,8 @@ Shared by all backends. One of them is a module with
     forward(call, generated, first, out)
     backward(call, generated, first, grad, d_image, d_generated, sums)
     at_once(call, training)                            patches that run side by side, of which chunks are made up
+    columns_of_ones(call)                              0, or columns that hidden is padded by for weight_gradient, the
+                                                       first with ones, which brings the bias's gradient along
 
 where generated [blocks, n, G] are the weights of patches first ... first + n, and sums collects the gradients of what
 all patches share.
@@ -281,12 +283,15 @@ def backward(backend: Any, call: Call, grad: Tensor, saved: Tensor, needs: Needs
     compute = compute_dtype(hidden.dtype)
     d_image = torch.empty_like(image, memory_format=torch.contiguous_format) if needs.image else None
     d_states = hidden.new_empty(call.patches, hidden.shape[2]) if needs.hidden else None
+    width = hidden.shape[2]
+    # Where the biases' gradients are wanted alone, they are sums; else they are columns of the weights'.
+    extra = backend.columns_of_ones(call) if all(needs.generators) and any(needs.biases) else 0
     weights = [
-        fresh(torch.empty_like(w, dtype=compute, memory_format=torch.contiguous_format)) if need else None
+        fresh(hidden.new_empty(w.shape[0], width + extra, dtype=compute)) if need else None
         for w, need in zip(call.generators, needs.generators, strict=True)
     ]
     biases = [
-        torch.zeros_like(b, dtype=compute) if need else None
+        torch.zeros_like(b, dtype=compute) if need and not extra else None
         for b, need in zip(call.biases, needs.biases, strict=True)
     ]
     sums = None
@@ -308,6 +313,10 @@ def backward(backend: Any, call: Call, grad: Tensor, saved: Tensor, needs: Needs
         if d_generated is None:
             continue
         states = call.states[first : first + count]
+        if extra:
+            ones = states.new_zeros(count, extra)
+            ones[:, 0] = 1
+            states = torch.cat([states, ones], 1)
         for block, total in enumerate(weights):
             if total is not None:
                 backend.weight_gradient(total, d_generated[block], states, first > 0)
@@ -320,10 +329,15 @@ def backward(backend: Any, call: Call, grad: Tensor, saved: Tensor, needs: Needs
         for total in (*weights, d_image, d_states):
             if total is not None:
                 total.zero_()
+    if extra:
+        biases = [
+            t[:, width] if need and t is not None else None
+            for t, need in zip(weights, needs.biases, strict=True)
+        ]
     return Gradients(
         d_image,
         None if d_states is None else d_states.view(hidden.shape),
-        [None if t is None else t.to(hidden.dtype) for t in weights],
+        [None if t is None else (t[:, :width] if extra else t).to(hidden.dtype) for t in weights],
         [None if t is None else t.to(hidden.dtype) for t in biases],
         sums,
     )

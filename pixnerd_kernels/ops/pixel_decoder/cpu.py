@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pixnerd_kernels.ops.pixel_decoder.chunks import Call
 
 
-at_once = reference.at_once
+at_once, columns_of_ones = reference.at_once, reference.columns_of_ones
 
 
 def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

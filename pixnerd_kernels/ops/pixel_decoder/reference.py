@@ -30,6 +30,10 @@ def at_once(call: Call, training: bool) -> int:
     return 1
 
 
+def columns_of_ones(call: Call) -> int:
+    return 0
+
+
 def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out [n, G] = hidden @ weightᵀ + bias."""
     if bias is None:
@@ -51,7 +55,7 @@ def hidden_gradient(total: Tensor, d_generated: Tensor, weight: Tensor, add: boo
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     if total.dtype != a.dtype:
         # Half types multiply into float32 in one product where torch offers that.
-        if total.device.type == "cuda" and _WIDE_PRODUCTS:
+        if total.device.type == "cuda" and WIDE_PRODUCTS:
             if add:
                 torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
             else:
@@ -66,7 +70,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 
 #: From torch 2.8 on, on CUDA.
-_WIDE_PRODUCTS = hasattr(torch.ops.aten.addmm, "dtype_out")
+WIDE_PRODUCTS = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def _grid(call: Call, planes: Tensor) -> Tensor:
