@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerance import assert_within
 
-from pixnerd_kernels import neural_field_mlp_packed, use_backend
+from pixnerd_kernels import neural_field_mlp, neural_field_mlp_packed, use_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -99,6 +99,43 @@ def test_the_same_bits_every_time():
     expected = step(tensors)
     for _ in range(3):
         assert_equal(step(tensors), expected)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="its kernel is for sm_90",
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize": ("w1",), "residual": False}, {"normalize": ()}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(("patches", "pixels"), [(7, 256), (3, 65), (300, 128), (5, 300), (140, 1024)])
+def test_the_backward_on_hopper(patches, pixels, dtype, options):
+    """Whole and begun tiles, programs with one patch and with several, strided gradients."""
+    from pixnerd_kernels.ops.gpu.launch import watch
+
+    draw = torch.Generator("cuda").manual_seed(pixels)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=draw, device="cuda").to(dtype)
+
+    tensors = {"x": drawn(patches, pixels, 64), "w1": drawn(patches, 64, 128), "w2": drawn(patches, 128, 64)}
+    tensors["norm_weight"] = 1 + drawn(64) / 4
+    upstream = drawn(patches, pixels, 80)[:, :, 8:72]
+
+    def gradients(backend, wide=False):
+        leaves = {k: (t.double() if wide else t).detach().requires_grad_() for k, t in tensors.items()}
+        with use_backend(backend):
+            y = neural_field_mlp(**leaves, **options)
+            found = torch.autograd.grad(y, list(leaves.values()), upstream.to(y.dtype))
+        return dict(zip(leaves, found, strict=True))
+
+    names = []
+    with watch(lambda launch: names.append(launch.name) or True):
+        out = gradients("triton")
+    assert "neural_field_mlp_backward_hopper" in names
+    assert_within(out, gradients("reference"), gradients("reference", wide=True))
+    assert_equal(gradients("triton").values(), out.values())
 
 
 def test_more_elements_than_32_bits_count():
