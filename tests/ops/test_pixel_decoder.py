@@ -33,6 +33,16 @@ def test_result_and_every_gradient(backend, case, dtype):
     assert_within(out, *expected(case, dtype))
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+def test_the_official_sizes(backend, dtype):
+    """Some GPUs have kernels of their own for them."""
+    case = Case(batch=1, patch=16, d=20, d1=64, d2=128, blocks=3)
+    out = results(functools.partial(decode, case), case.inputs(dtype), case.upstream(dtype))
+    assert_within(out, *expected(case, dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("save_weights", [False, True], ids=["recompute", "save"])
 @pytest.mark.parametrize("patches", [1, 3, 4, None], ids=str)
