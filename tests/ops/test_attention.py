@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from pixnerd_kernels.ops.attention import attention, flash, not_supported_reasons, select
+from pixnerd_kernels.ops.attention import _first, attention, flash, not_supported_reasons, select
 
 
 def formula(q, k, v, bias=None):
@@ -93,11 +93,16 @@ def test_autocast_casts_the_mask_along_with_q(dtype):
     assert torch.equal(out, attention(q, k, k, mask=mask))
 
 
+def forget():
+    flash.load.cache_clear()
+    _first.cache_clear()
+
+
 @pytest.fixture
 def packages(monkeypatch):
     """FlashAttention packages of our own making, installed or not, which note what they are called with."""
     calls = []
-    flash.load.cache_clear()
+    forget()
 
     def install(name, function=None):
         def flash_attn_func(q, k, v):
@@ -109,7 +114,7 @@ def packages(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
     yield install, calls
-    flash.load.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("name", ["flash2", "flash3", "flash4"])
@@ -159,6 +164,16 @@ def test_auto_takes_the_best_that_runs(packages, monkeypatch, capability, instal
     assert select(q) == chosen
     assert select(q, mask=torch.ones(3, 3)) == "sdpa"
     assert select(types.SimpleNamespace(device=q.device, dtype=torch.float32, shape=q.shape)) == "sdpa"
+
+
+def test_a_mask_is_checked_in_every_call():
+    """Whether it may differ from q's dtype depends on autocast, which a call that has passed does not show."""
+    q = torch.randn(1, 3, 2, 8, dtype=torch.bfloat16)
+    mask = torch.zeros(3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(q, q, q, mask=mask)
+    with pytest.raises(TypeError, match="mask"):
+        attention(q, q, q, mask=mask)
 
 
 def test_a_package_is_called_in_the_layout_that_it_takes(packages):

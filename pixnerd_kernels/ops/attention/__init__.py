@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,9 +12,11 @@ from torch import Tensor
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.attention import flash
 from pixnerd_kernels.ops.dtypes import autocasts
+from pixnerd_kernels.ops.library import Passed, plain
 
 #: In order of preference for tensors that flash kernels take; "sdpa" takes all others.
 BACKENDS = ("flash3", "flash4", "flash2", "sdpa")
+_passed = Passed()
 
 
 def attention(
@@ -36,6 +41,18 @@ def attention(
         TypeError, ValueError: every problem with the arguments at once.
         NotImplementedError: the named backend cannot run; lists every reason.
     """
+    direct = plain(q, k, v)
+    # What a mask may be depends on autocast.
+    known = None if direct is None or mask is not None else (*direct, backend)
+    _passed.check(known, _check, q, k, v, mask, backend)
+    chosen = select(q, mask, backend)
+    if chosen != "sdpa":
+        return flash.run(chosen, q, k, v)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _check(q: Any, k: Any, v: Any, mask: Any, backend: Any) -> None:
     problems = Problems("attention")
     readable = problems.tensor("q", q, 4, "[B, L, heads, d]")
     readable &= problems.tensor("k", k, 4, "[B, M, heads, d]")
@@ -51,11 +68,6 @@ def attention(
     problems.same_device("q", q, [("k", k), ("v", v), ("mask", mask)])
     problems.choice("backend", backend, ("auto", *BACKENDS))
     problems.raise_if_any()
-    chosen = select(q, mask, backend)
-    if chosen != "sdpa":
-        return flash.run(chosen, q, k, v)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def _check_mask(problems: Problems, q: Tensor, k: Tensor, mask: object) -> None:
@@ -80,11 +92,21 @@ def select(q: Tensor, mask: Tensor | None = None, backend: str = "auto") -> str:
     if backend == "auto":
         if q.device.type != "cuda" or torch.compiler.is_compiling():
             return "sdpa"
-        return next(name for name in BACKENDS if not not_supported_reasons(name, q, mask))
+        return _first(q.device, q.dtype, q.shape[-1], mask is not None)
     if reasons := not_supported_reasons(backend, q, mask):
         lines = "\n".join(f"  - {reason}" for reason in reasons)
         raise NotImplementedError(f"attention cannot run on the backend {backend!r}:\n{lines}")
     return backend
+
+
+@functools.cache
+def _first(device: torch.device, dtype: torch.dtype, head_size: int, masked: bool) -> str:
+    """The first backend that runs here for such tensors."""
+    flashes = (name for name in BACKENDS if name != "sdpa")
+    return next(
+        (name for name in flashes if not flash.not_supported_reasons(name, device, dtype, head_size, masked)),
+        "sdpa",
+    )
 
 
 def not_supported_reasons(backend: str, q: Tensor, mask: Tensor | None = None) -> list[str]:
