@@ -55,37 +55,37 @@ struct Block {
 };
 
 // acc += A[0:Rows, 0:depth] @ B[0:depth, 0:Vectors] for a left operand whose columns are the summed index.
-template <int Rows, int Vectors, class T>
-PIXNERD_INLINE void accumulate_rows(Block<T, Rows, Vectors>& acc, const T* a, std::ptrdiff_t a_panel, const T* b,
+template <int Rows, int Vectors, class T, class O>
+PIXNERD_INLINE void accumulate_rows(Block<T, Rows, Vectors>& acc, const O* a, std::ptrdiff_t a_panel, const O* b,
                                     int depth) {
   for (int k0 = 0; k0 < depth; k0 += kPanel<T>, a += a_panel) {
     const int count = at_most(kPanel<T>, depth - k0);
     for (int k = 0; k < count; ++k, b += kPanel<T>) {
-      Vec<T> right[Vectors];
-      for (int j = 0; j < Vectors; ++j) right[j] = load<T>(b + j * kLanes<T>);
+      Vec<O> right[Vectors];
+      for (int j = 0; j < Vectors; ++j) right[j] = load<O>(b + j * kLanes<T>);
       for (int i = 0; i < Rows; ++i) {
-        const Vec<T> left = broadcast(a[i * kPanel<T> + k]);
-        for (int j = 0; j < Vectors; ++j) acc.v[i][j] += left * right[j];
+        const Vec<O> left = broadcast(a[i * kPanel<T> + k]);
+        for (int j = 0; j < Vectors; ++j) acc.v[i][j] = multiply_add<T, O>(acc.v[i][j], left, right[j]);
       }
     }
   }
 }
 
 // acc += A[0:depth, 0:Rows]^T @ B[0:depth, 0:Vectors] for a left operand whose rows are the summed index.
-template <int Rows, int Vectors, class T>
-PIXNERD_INLINE void accumulate_columns(Block<T, Rows, Vectors>& acc, const T* a, const T* b, int depth) {
+template <int Rows, int Vectors, class T, class O>
+PIXNERD_INLINE void accumulate_columns(Block<T, Rows, Vectors>& acc, const O* a, const O* b, int depth) {
   for (int k = 0; k < depth; ++k, a += kPanel<T>, b += kPanel<T>) {
-    Vec<T> right[Vectors];
-    for (int j = 0; j < Vectors; ++j) right[j] = load<T>(b + j * kLanes<T>);
+    Vec<O> right[Vectors];
+    for (int j = 0; j < Vectors; ++j) right[j] = load<O>(b + j * kLanes<T>);
     for (int i = 0; i < Rows; ++i) {
-      const Vec<T> left = broadcast(a[i]);
-      for (int j = 0; j < Vectors; ++j) acc.v[i][j] += left * right[j];
+      const Vec<O> left = broadcast(a[i]);
+      for (int j = 0; j < Vectors; ++j) acc.v[i][j] = multiply_add<T, O>(acc.v[i][j], left, right[j]);
     }
   }
 }
 
-template <int Vectors, class T, class Epilogue>
-PIXNERD_INLINE void multiply_panel(int p, int rows, int depth, Panels<T> a, const T* b, Epilogue& epilogue) {
+template <int Vectors, class T, class O, class Epilogue>
+PIXNERD_INLINE void multiply_panel(int p, int rows, int depth, Panels<O> a, const O* b, Epilogue& epilogue) {
   for (int r = 0; r < rows; r += kRows) {
     Block<T, kRows, Vectors> acc;
     accumulate_rows(acc, a.data + r * kPanel<T>, a.stride, b, depth);
@@ -95,19 +95,19 @@ PIXNERD_INLINE void multiply_panel(int p, int rows, int depth, Panels<T> a, cons
 
 // C = A @ B with A [rows, depth] and B [depth, columns]. epilogue(r, p, block) receives rows r ... r + kRows
 // - 1 of panel p. Rows are computed in whole blocks: A must have round_up(rows, kRows) readable rows.
-template <class T, class Epilogue>
-PIXNERD_INLINE void multiply(int rows, int columns, int depth, Panels<T> a, Panels<T> b, Epilogue&& epilogue) {
+template <class T, class O, class Epilogue>
+PIXNERD_INLINE void multiply(int rows, int columns, int depth, Panels<O> a, Panels<O> b, Epilogue&& epilogue) {
   for (int p = 0; p < panels<T>(columns); ++p) {
     if (columns - p * kPanel<T> > kLanes<T>) {
-      multiply_panel<2>(p, rows, depth, a, b.panel(p), epilogue);
+      multiply_panel<2, T>(p, rows, depth, a, b.panel(p), epilogue);
     } else {
-      multiply_panel<1>(p, rows, depth, a, b.panel(p), epilogue);
+      multiply_panel<1, T>(p, rows, depth, a, b.panel(p), epilogue);
     }
   }
 }
 
-template <int Rows, int Vectors, class T>
-PIXNERD_INLINE void add_outer_block(T* c, const T* a, const T* b, int depth, bool add) {
+template <int Rows, int Vectors, class T, class O>
+PIXNERD_INLINE void add_outer_block(T* c, const O* a, const O* b, int depth, bool add) {
   Block<T, Rows, Vectors> acc;
   accumulate_columns(acc, a, b, depth);
   for (int i = 0; i < Rows; ++i) {
@@ -118,8 +118,8 @@ PIXNERD_INLINE void add_outer_block(T* c, const T* a, const T* b, int depth, boo
   }
 }
 
-template <int Vectors, class T>
-PIXNERD_INLINE void outer_panel(int rows, int depth, Panels<T> a, const T* b, T* c, bool add) {
+template <int Vectors, class T, class O>
+PIXNERD_INLINE void outer_panel(int rows, int depth, Panels<O> a, const O* b, T* c, bool add) {
   constexpr int kRest = kPanel<T> % kRows;
   for (int q = 0; q < panels<T>(rows); ++q) {
     const int wanted = at_most(kPanel<T>, rows - q * kPanel<T>);
@@ -138,8 +138,8 @@ PIXNERD_INLINE void outer_panel(int rows, int depth, Panels<T> a, const T* b, T*
 
 // C [rows, columns] = A^T @ B, or += with `add`, for A [depth, rows] and B [depth, columns]. C must have
 // round_up(rows, kPanel<T>) rows.
-template <class T>
-PIXNERD_INLINE void multiply_transposed(int rows, int columns, int depth, Panels<T> a, Panels<T> b, Panels<T> c,
+template <class T, class O>
+PIXNERD_INLINE void multiply_transposed(int rows, int columns, int depth, Panels<O> a, Panels<O> b, Panels<T> c,
                                         bool add) {
   for (int p = 0; p < panels<T>(columns); ++p) {
     if (columns - p * kPanel<T> > kLanes<T>) {
@@ -147,6 +147,48 @@ PIXNERD_INLINE void multiply_transposed(int rows, int columns, int depth, Panels
     } else {
       outer_panel<1>(rows, depth, a, b.panel(p), c.panel(p), add);
     }
+  }
+}
+
+// Operands of products are numbers of the computed type T, or pairs of them in bfloat16, of which a product takes one
+// for the other with half the depth: pairs of columns in a left operand whose columns are the summed index, pairs of
+// rows in one whose rows are, and in right operands. An odd row or column has a zero beside it.
+template <class T, class O>
+PIXNERD_INLINE int depth_of(int count) {
+  return std::is_same_v<T, O> ? count : (count + 1) / 2;
+}
+
+// [rows, columns] as a left operand of `multiply`: itself, or in `room`, [round_up(rows, kRows), columns / 2].
+template <class O, class T>
+PIXNERD_INLINE Panels<O> by_columns(int rows, int columns, Panels<T> source, [[maybe_unused]] Panels<O> room) {
+  if constexpr (std::is_same_v<T, O>) {
+    return source;
+  } else {
+    for (int p = 0; p < panels<T>(columns); ++p) {
+      for (int r = 0; r < round_up(rows, kRows); ++r) {
+        const T* row = source.row(p, r);
+        store<O>(room.row(p / 2, r) + p % 2 * kLanes<T>, pairs_of_neighbours(load<T>(row), load<T>(row + kLanes<T>)));
+      }
+    }
+    return room;
+  }
+}
+
+// [rows, columns] as any other operand: itself, or in `room`, [rows / 2, columns].
+template <class O, class T>
+PIXNERD_INLINE Panels<O> by_rows(int rows, int columns, Panels<T> source, [[maybe_unused]] Panels<O> room) {
+  if constexpr (std::is_same_v<T, O>) {
+    return source;
+  } else {
+    for (int p = 0; p < panels<T>(columns); ++p) {
+      for (int r = 0; r < rows; r += 2) {
+        for (int j = 0; j < kPanel<T>; j += kLanes<T>) {
+          const Vec<T> second = r + 1 < rows ? load<T>(source.row(p, r + 1) + j) : Vec<T>{};
+          store<O>(room.row(p, r / 2) + j, pairs_of_lanes(load<T>(source.row(p, r) + j), second));
+        }
+      }
+    }
+    return room;
   }
 }
 

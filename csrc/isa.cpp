@@ -30,6 +30,16 @@ PIXNERD_DECLARE(portable)
 PIXNERD_DECLARE(avx2)
 PIXNERD_DECLARE(avx512)
 #endif
+#if PIXNERD_HAS_AVX512_BF16
+// Other kernels are those of avx512.
+namespace avx512_bf16 {
+void neural_field_mlp_forward(const NeuralField&, MutableMatrices);
+void neural_field_mlp_backward(const NeuralField&, const NeuralFieldGradients&);
+std::int64_t pixel_decoder_sums(const PixelDecoder&);
+void pixel_decoder_forward(const PixelDecoder&, const MutablePlanes&);
+void pixel_decoder_backward(const PixelDecoder&, const PixelDecoderGradients&);
+}  // namespace avx512_bf16
+#endif
 #undef PIXNERD_DECLARE
 
 namespace {
@@ -70,6 +80,14 @@ const std::vector<Isa>& isas() {
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     list.push_back({"avx2", has_avx2, PIXNERD_KERNELS(avx2)});
     list.push_back({"avx512", has_avx512, PIXNERD_KERNELS(avx512)});
+#endif
+#if PIXNERD_HAS_AVX512_BF16
+    Isa with_bf16{"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), PIXNERD_KERNELS(avx512)};
+    with_bf16.kernels.neural_field_mlp_forward = avx512_bf16::neural_field_mlp_forward;
+    with_bf16.kernels.neural_field_mlp_backward = avx512_bf16::neural_field_mlp_backward;
+    with_bf16.kernels.pixel_decoder_forward = avx512_bf16::pixel_decoder_forward;
+    with_bf16.kernels.pixel_decoder_backward = avx512_bf16::pixel_decoder_backward;
+    list.push_back(with_bf16);
 #endif
     return list;
   }();

@@ -5,17 +5,36 @@
 
 namespace pixnerd::PIXNERD_ISA {
 
-template <class T>
+// A block's weights as right operands.
+template <class T, class O>
+struct Operands {
+  Panels<O> w1, w2, w_gate;
+
+  Operands(const Plan<T>& plan, Arena<T>& arena) {
+    w1 = arena.template operand<O>(depth_of<T, O>(plan.channels), plan.hidden);
+    w2 = arena.template operand<O>(depth_of<T, O>(plan.hidden), plan.channels);
+    if (plan.gated) w_gate = arena.template operand<O>(depth_of<T, O>(plan.channels), plan.hidden);
+  }
+};
+
+template <class T, class O = T>
 struct ForwardScratch {
+  using Operand = O;
   Weight<T> w1, w2, w_gate;
+  Operands<T, O> right;
   Panels<T> n, h, gate;
+  Panels<O> n_left, h_left;
   T *norm_weight, *inverse;
 
   ForwardScratch(const NeuralField& f, const Plan<T>& plan, Arena<T>& arena)
-      : w1(arena.weight(plan.channels, plan.hidden)), w2(arena.weight(plan.hidden, plan.channels)) {
+      : w1(arena.weight(plan.channels, plan.hidden)),
+        w2(arena.weight(plan.hidden, plan.channels)),
+        right(plan, arena) {
     if (plan.gated) w_gate = arena.weight(plan.channels, plan.hidden);
     n = arena.matrix(plan.tile, plan.channels);
     h = arena.matrix(plan.tile, plan.hidden);
+    n_left = arena.template operand<O>(plan.tile, depth_of<T, O>(plan.channels));
+    h_left = arena.template operand<O>(plan.tile, depth_of<T, O>(plan.hidden));
     if (plan.gated) gate = arena.matrix(plan.tile, plan.hidden);
     norm_weight = padded_norm_weight(f, arena);
     inverse = arena.vector(plan.tile);
@@ -30,6 +49,10 @@ void pack_weights(const NeuralField& f, const Plan<T>& plan, std::int64_t patch,
   pack<T>(f.w2, dtype, patch, plan.hidden, plan.channels, f.normalize_w2, f.weight_eps, s.w2);
   if (plan.gated)
     pack<T>(f.w_gate, dtype, patch, plan.channels, plan.hidden, f.normalize_w_gate, f.weight_eps, s.w_gate);
+  using O = typename Scratch::Operand;
+  s.right.w1 = by_rows<O>(plan.channels, plan.hidden, s.w1.panels, s.right.w1);
+  s.right.w2 = by_rows<O>(plan.hidden, plan.channels, s.w2.panels, s.right.w2);
+  if (plan.gated) s.right.w_gate = by_rows<O>(plan.channels, plan.hidden, s.w_gate.panels, s.right.w_gate);
 }
 
 template <class T>
@@ -53,20 +76,24 @@ void forward_tile(const NeuralField& f, const Plan<T>& plan, const Scratch& s, s
   const int rows = at_most(plan.tile, plan.pixels - first), channels = plan.channels, hidden = plan.hidden;
   read_rows<T>(f.x, f.dtype, patch, first, rows, channels, s.n);
   if (s.norm_weight) rms_norm<T>(s.n, rows, channels, T(f.norm_eps), s.norm_weight, s.inverse);
+  using O = typename Scratch::Operand;
+  const Panels<O> n = by_columns<O>(rows, channels, s.n, s.n_left);
+  const int depth = depth_of<T, O>(channels);
   if (plan.gated) {
-    multiply_into<T>(rows, hidden, channels, s.n, s.w_gate.panels, s.gate,
+    multiply_into<T>(rows, hidden, depth, n, s.right.w_gate, s.gate,
                      [&](Vec<T> v, int c, std::ptrdiff_t) { return Act::value(v * load<T>(s.w_gate.scale + c)); });
-    multiply_into<T>(rows, hidden, channels, s.n, s.w1.panels, s.h, [&](Vec<T> v, int c, std::ptrdiff_t at) {
+    multiply_into<T>(rows, hidden, depth, n, s.right.w1, s.h, [&](Vec<T> v, int c, std::ptrdiff_t at) {
       ahead.next();
       return v * load<T>(s.w1.scale + c) * load<T>(s.gate.data + at);
     });
   } else {
-    multiply_into<T>(rows, hidden, channels, s.n, s.w1.panels, s.h, [&](Vec<T> v, int c, std::ptrdiff_t) {
+    multiply_into<T>(rows, hidden, depth, n, s.right.w1, s.h, [&](Vec<T> v, int c, std::ptrdiff_t) {
       ahead.next();
       return Act::value(v * load<T>(s.w1.scale + c));
     });
   }
-  multiply_into<T>(rows, channels, hidden, s.h, s.w2.panels, s.n,
+  const Panels<O> h = by_columns<O>(rows, hidden, s.h, s.h_left);
+  multiply_into<T>(rows, channels, depth_of<T, O>(hidden), h, s.right.w2, s.n,
                    [&](Vec<T> v, int c, std::ptrdiff_t) { return v * load<T>(s.w2.scale + c); });
   write_rows<T>(s.n, f.residual ? &f.x : nullptr, f.dtype, patch, first, rows, channels, y);
 }

@@ -10,11 +10,11 @@
 namespace pixnerd::PIXNERD_ISA {
 namespace {
 
-template <class T, class Act>
+template <class T, class O, class Act>
 void forward(const NeuralField& f, const MutableMatrices& y) {
   const Plan<T> plan(f, 1, f.w_gate.data ? 2 : 1, 96 << 10);
   Arena<T> measure(nullptr);
-  ForwardScratch<T>(f, plan, measure);
+  ForwardScratch<T, O>(f, plan, measure);
   // Few patches: their tiles are shared out too, and the weights packed again by each worker.
   const int tiles = (plan.pixels + plan.tile - 1) / plan.tile;
   int parts = 1;
@@ -24,7 +24,7 @@ void forward(const NeuralField& f, const MutableMatrices& y) {
   const Scratch scratch(measure.used(), workers);
   parallel_for(count, f.threads, [&](int worker, std::int64_t item) {
     Arena<T> arena(scratch.slice(worker));
-    ForwardScratch<T> s(f, plan, arena);
+    ForwardScratch<T, O> s(f, plan, arena);
     const std::int64_t patch = item / parts;
     const int part = static_cast<int>(item % parts);
     // What the worker will probably read and write next comes near while it computes.
@@ -40,11 +40,11 @@ void forward(const NeuralField& f, const MutableMatrices& y) {
   });
 }
 
-template <class T, class Act>
+template <class T, class O, class Act>
 void backward(const NeuralField& f, const NeuralFieldGradients& d) {
   const Plan<T> plan(f, 3, f.w_gate.data ? 4 : 2, 192 << 10);
   Arena<T> measure(nullptr);
-  BackwardScratch<T>(f, plan, measure);
+  BackwardScratch<T, O>(f, plan, measure);
   const int workers = workers_for(f.patches, f.threads);
   const Scratch scratch(measure.used(), workers);
   // One row of sums per patch, added up in the patches' order: the same bits on any number of threads.
@@ -54,7 +54,7 @@ void backward(const NeuralField& f, const NeuralFieldGradients& d) {
   double* partials = wants_norm ? static_cast<double*>(sums_memory.slice(0)) : nullptr;
   parallel_for(f.patches, f.threads, [&](int worker, std::int64_t patch) {
     Arena<T> arena(scratch.slice(worker));
-    BackwardScratch<T> s(f, plan, arena);
+    BackwardScratch<T, O> s(f, plan, arena);
     double* d_norm = partials ? partials + patch * f.channels : nullptr;
     for (int c = 0; d_norm && c < f.channels; ++c) d_norm[c] = 0;
     Ahead ahead;
@@ -79,14 +79,15 @@ void backward(const NeuralField& f, const NeuralFieldGradients& d) {
 }  // namespace
 
 void neural_field_mlp_forward(const NeuralField& field, MutableMatrices y) {
-  dispatch(field.dtype, field.activation, [&](auto type, auto act) {
-    forward<typename decltype(type)::type, typename decltype(act)::type>(field, y);
+  dispatch(field.dtype, field.activation, [&](auto type, auto operand, auto act) {
+    forward<typename decltype(type)::type, typename decltype(operand)::type, typename decltype(act)::type>(field, y);
   });
 }
 
 void neural_field_mlp_backward(const NeuralField& field, const NeuralFieldGradients& gradients) {
-  dispatch(field.dtype, field.activation, [&](auto type, auto act) {
-    backward<typename decltype(type)::type, typename decltype(act)::type>(field, gradients);
+  dispatch(field.dtype, field.activation, [&](auto type, auto operand, auto act) {
+    backward<typename decltype(type)::type, typename decltype(operand)::type, typename decltype(act)::type>(
+        field, gradients);
   });
 }
 

@@ -41,25 +41,28 @@ struct Relu {
   }
 };
 
-// Call function with a tag of the computed type and one of the activation.
+// Call function with tags of the computed type, of products' operands and of the activation.
 template <class T>
 struct Type {
   using type = T;
 };
 template <class Function>
 void dispatch(DType dtype, Activation activation, Function&& function) {
-  const auto with_type = [&](auto type) {
+  const auto with_type = [&](auto type, auto operand) {
     using T = typename decltype(type)::type;
     switch (activation) {
       case Activation::kGelu:
-        return function(type, Type<Gelu<T>>{});
+        return function(type, operand, Type<Gelu<T>>{});
       case Activation::kRelu:
-        return function(type, Type<Relu<T>>{});
+        return function(type, operand, Type<Relu<T>>{});
       default:
-        return function(type, Type<Silu<T>>{});
+        return function(type, operand, Type<Silu<T>>{});
     }
   };
-  dtype == DType::kFloat64 ? with_type(Type<double>{}) : with_type(Type<float>{});
+#if defined(PIXNERD_ISA_AVX512_BF16)
+  if (dtype == DType::kBFloat16) return with_type(Type<float>{}, Type<Pair>{});
+#endif
+  dtype == DType::kFloat64 ? with_type(Type<double>{}, Type<double>{}) : with_type(Type<float>{}, Type<float>{});
 }
 
 // A weight of one patch: its panels, the scale of each column, and the part of the scale that depends on the
@@ -89,6 +92,16 @@ class Arena {
   Weight<T> weight(int rows, int columns) {
     const int padded = panels<T>(columns) * kPanel<T>;
     return {matrix(round_up(rows, kPanel<T>), columns), vector(padded), vector(padded)};
+  }
+  // Memory for an operand [rows, columns]; none where the matrix itself is one.
+  template <class O>
+  Panels<O> operand(int rows, int columns) {
+    if constexpr (std::is_same_v<T, O>) {
+      return {};
+    } else {
+      const Panels<T> room = matrix(rows, columns);
+      return {reinterpret_cast<O*>(room.data), room.stride};
+    }
   }
   std::size_t used() const { return used_; }
 
@@ -215,8 +228,8 @@ T* padded_norm_weight(const NeuralField& f, Arena<T>& arena) {
 }
 
 // C = A @ B for the pixels of a tile, each finished vector passed through function(vector, column, offset in C).
-template <class T, class Function>
-PIXNERD_INLINE void multiply_into(int rows, int columns, int depth, Panels<T> a, Panels<T> b, Panels<T> c,
+template <class T, class O, class Function>
+PIXNERD_INLINE void multiply_into(int rows, int columns, int depth, Panels<O> a, Panels<O> b, Panels<T> c,
                                   Function&& function) {
   multiply<T>(rows, columns, depth, a, b, [&](int r, int p, auto& block) __attribute__((always_inline)) {
     constexpr int kVectors = sizeof(block.v[0]) / sizeof(block.v[0][0]);

@@ -9,9 +9,9 @@
 namespace pixnerd::PIXNERD_ISA {
 namespace {
 
-template <class T>
+template <class T, class O>
 struct ForwardWorker {
-  ForwardScratch<T> field;
+  ForwardScratch<T, O> field;
   Ends<T> ends;
   T* x;
 
@@ -33,17 +33,17 @@ Ahead next_weights(const PixelDecoder& d, const Plan<T>& plan, std::int64_t patc
   return ahead;
 }
 
-template <class T, class Act>
+template <class T, class O, class Act>
 void forward(const PixelDecoder& d, const MutablePlanes& out) {
   const NeuralField first_block = block_field<T>(d, 0, nullptr);
   const Plan<T> plan(first_block, 1, d.gated ? 2 : 1, 96 << 10);
   Arena<T> measure(nullptr);
-  ForwardWorker<T>(d, first_block, plan, measure);
+  ForwardWorker<T, O>(d, first_block, plan, measure);
   const int workers = workers_for(d.count, d.threads);
   const Scratch scratch(measure.used(), workers);
   parallel_for(d.count, d.threads, [&](int worker, std::int64_t patch) {
     Arena<T> arena(scratch.slice(worker));
-    ForwardWorker<T> w(d, first_block, plan, arena);
+    ForwardWorker<T, O> w(d, first_block, plan, arena);
     const Place place(d, patch);
     const auto for_tiles = [&](auto&& function) { each_tile(plan, function); };
     for_tiles([&](int first, int rows) { embed<T>(d, w.ends, place, first, rows, w.field.n, w.x); });
@@ -79,9 +79,9 @@ struct Sums {
   }
 };
 
-template <class T>
+template <class T, class O>
 struct BackwardWorker {
-  BackwardScratch<T> field;
+  BackwardScratch<T, O> field;
   Ends<T> ends;
   Panels<T> pixel_weight_t, linear_weight_t;  // [channels, image_channels], [out_channels, channels]
   Panels<T> outer;                            // of a tile: pixels^T dx or out^T n
@@ -114,11 +114,11 @@ void add_to(double* sums, int rows, int columns, Panels<T> values) {
 }
 
 // From the incoming gradient to that of the last block's result.
-template <class T>
+template <class T, class O>
 void final_backward(const PixelDecoder& d, const PixelDecoderGradients& g, const NeuralField& f,
-                    const BackwardWorker<T>& w, const Place& place, const Sums& at, double* sums, int first,
+                    const BackwardWorker<T, O>& w, const Place& place, const Sums& at, double* sums, int first,
                     int rows) {
-  const BackwardScratch<T>& s = w.field;
+  const BackwardScratch<T, O>& s = w.field;
   const int channels = d.channels, outputs = d.out_channels;
   const T* x = static_cast<const T*>(f.x.data);
   final_norm<T>(d, w.ends, x, first, rows, s.n, s.inverse);
@@ -144,8 +144,8 @@ void final_backward(const PixelDecoder& d, const PixelDecoderGradients& g, const
 }
 
 // From the gradient of the first block's input to those of the embedding and the pixels.
-template <class T>
-void embed_backward(const PixelDecoder& d, const PixelDecoderGradients& g, const BackwardWorker<T>& w,
+template <class T, class O>
+void embed_backward(const PixelDecoder& d, const PixelDecoderGradients& g, const BackwardWorker<T, O>& w,
                     const Place& place, const Sums& at, double* sums, int first, int rows) {
   const int channels = d.channels, inputs = d.image_channels;
   read_rows<T>({w.gradient, 0, channels}, kComputed<T>, 0, first, rows, channels, w.field.dn);
@@ -164,8 +164,8 @@ void embed_backward(const PixelDecoder& d, const PixelDecoderGradients& g, const
   }
 }
 
-template <class T, class Act>
-void backward_run(const PixelDecoder& d, const PixelDecoderGradients& g, const Plan<T>& plan, BackwardWorker<T>& w,
+template <class T, class Act, class O>
+void backward_run(const PixelDecoder& d, const PixelDecoderGradients& g, const Plan<T>& plan, BackwardWorker<T, O>& w,
                   std::int64_t patch, const Sums& at, double* sums) {
   const Place place(d, patch);
   const int channels = d.channels;
@@ -207,12 +207,12 @@ void backward_run(const PixelDecoder& d, const PixelDecoderGradients& g, const P
 // of threads. The bytes bound the groups of large tables.
 constexpr std::int64_t kGroups = 64, kGroupBytes = 16 << 20;
 
-template <class T, class Act>
+template <class T, class O, class Act>
 void backward(const PixelDecoder& d, const PixelDecoderGradients& g) {
   const NeuralField first_block = block_field<T>(d, 0, nullptr);
   const Plan<T> plan(first_block, 3, d.gated ? 4 : 2, 192 << 10);
   Arena<T> measure(nullptr);
-  BackwardWorker<T>(d, first_block, plan, measure);
+  BackwardWorker<T, O>(d, first_block, plan, measure);
   const Sums at(d);
   std::int64_t groups = d.count;
   if (g.sums) {
@@ -226,7 +226,7 @@ void backward(const PixelDecoder& d, const PixelDecoderGradients& g) {
   const Scratch scratch(measure.used(), workers_for(groups, d.threads));
   parallel_for(groups, d.threads, [&](int worker, std::int64_t group) {
     Arena<T> arena(scratch.slice(worker));
-    BackwardWorker<T> w(d, first_block, plan, arena);
+    BackwardWorker<T, O> w(d, first_block, plan, arena);
     double* sums = partials ? partials + group * at.total : nullptr;
     for (std::int64_t i = 0; sums && i < at.total; ++i) sums[i] = 0;
     for (std::int64_t patch = group * d.count / groups; patch < (group + 1) * d.count / groups; ++patch) {
@@ -243,14 +243,16 @@ void backward(const PixelDecoder& d, const PixelDecoderGradients& g) {
 std::int64_t pixel_decoder_sums(const PixelDecoder& decoder) { return Sums(decoder).total; }
 
 void pixel_decoder_forward(const PixelDecoder& decoder, const MutablePlanes& out) {
-  dispatch(decoder.dtype, decoder.activation, [&](auto type, auto act) {
-    forward<typename decltype(type)::type, typename decltype(act)::type>(decoder, out);
+  dispatch(decoder.dtype, decoder.activation, [&](auto type, auto operand, auto act) {
+    forward<typename decltype(type)::type, typename decltype(operand)::type, typename decltype(act)::type>(decoder,
+                                                                                                           out);
   });
 }
 
 void pixel_decoder_backward(const PixelDecoder& decoder, const PixelDecoderGradients& gradients) {
-  dispatch(decoder.dtype, decoder.activation, [&](auto type, auto act) {
-    backward<typename decltype(type)::type, typename decltype(act)::type>(decoder, gradients);
+  dispatch(decoder.dtype, decoder.activation, [&](auto type, auto operand, auto act) {
+    backward<typename decltype(type)::type, typename decltype(operand)::type, typename decltype(act)::type>(
+        decoder, gradients);
   });
 }
 

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "dtype.h"
 
@@ -63,6 +64,36 @@ PIXNERD_INLINE Vec<T> broadcast(T value) {
 #else
 #define PIXNERD_SHUFFLE(a, b, I, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
 #endif
+
+#if defined(PIXNERD_ISA_AVX512_BF16)
+// Two numbers in bfloat16, the first in the lower half.
+using Pair = std::uint32_t;
+
+// 32 numbers, rounded: pairs of neighbours, those of `low` first.
+PIXNERD_INLINE Vec<Pair> pairs_of_neighbours(Vec<float> low, Vec<float> high) {
+  return reinterpret_cast<Vec<Pair>>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+}
+// The same, each number of `first` with that of `second` in its lane.
+PIXNERD_INLINE Vec<Pair> pairs_of_lanes(Vec<float> first, Vec<float> second) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return reinterpret_cast<Vec<Pair>>(
+      _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(pairs_of_neighbours(first, second))));
+}
+#endif
+
+// sum + a * b, or for pairs of numbers both products.
+template <class T, class O>
+PIXNERD_INLINE Vec<T> multiply_add(Vec<T> sum, Vec<O> a, Vec<O> b) {
+#if defined(PIXNERD_ISA_AVX512_BF16)
+  if constexpr (std::is_same_v<O, Pair>) {
+    return reinterpret_cast<Vec<T>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a),
+                                                     reinterpret_cast<__m512bh>(b)));
+  } else
+#endif
+    return sum + a * b;
+}
 
 // The sum of all lanes, as a tree.
 template <class T>

@@ -14,7 +14,7 @@ import torch
 
 from pixnerd_kernels import backends, use_backend
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 KERNELS = (
     "coordinate_encoding",
     "gated_residual_backward",

@@ -13,7 +13,7 @@ from processes import PACKAGE, output, python
 import pixnerd_kernels as pk
 from pixnerd_kernels import backends
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def some_field(device="cpu", dtype=torch.float32):
