@@ -96,10 +96,11 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     from triton import compile as build
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     signature, constants, attributes = _variant(launch)
-    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    kind = ASTSource
+    if getattr(launch.kernel, "is_gluon", bool)():
+        from triton.experimental.gluon._runtime import GluonASTSource as kind
     source = kind(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
     return build(source, target=gpu, options=launch.options.named())

@@ -166,6 +166,25 @@ def test_auto_takes_the_best_that_runs(packages, monkeypatch, capability, instal
     assert select(types.SimpleNamespace(device=q.device, dtype=torch.float32, shape=q.shape)) == "sdpa"
 
 
+def test_symbolic_sizes_choose_too(packages, monkeypatch):
+    """As in tracing for another device, where no size is a number yet."""
+
+    class Size:
+        __hash__ = None
+
+        def __gt__(self, other):
+            return False
+
+        def __mod__(self, other):
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    packages[0]("flash_attn")
+    q = types.SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(1, 3, 2, Size()))
+    assert select(q) == "flash2"
+
+
 def test_a_mask_is_checked_in_every_call():
     """Whether it may differ from q's dtype depends on autocast, which a call that has passed does not show."""
     q = torch.randn(1, 3, 2, 8, dtype=torch.bfloat16)

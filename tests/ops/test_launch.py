@@ -27,6 +27,15 @@ def scaled(source, target, factor, count, step, SIZE: tl.constexpr, NEGATE: tl.c
     tl.store(target + place, (-x if NEGATE else x) * factor, mask=place < count)
 
 
+FACTOR = tl.constexpr(2.0)
+
+
+@triton.jit
+def doubled(source, target, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    tl.store(target + place, tl.load(source + place) * FACTOR)
+
+
 class Driver:
     """Stands for CUDA's: kernels are compiled for sm_90, and their launches told."""
 
@@ -250,6 +259,14 @@ def test_no_driver_to_ask_for_cache(driver, monkeypatch):
     finally:
         launch._cuda.cache_clear()
     assert len(driver.launches) == 1
+
+
+def test_constants_outside_of_a_kernel_do_not_leave_it_to_triton(driver):
+    source, target = torch.zeros(32), torch.zeros(32)
+    for _ in range(2):
+        launch.launch(doubled, (1,), CPU, Options(), source=source, target=target, SIZE=32)
+    assert doubled.used_global_vals
+    assert driver.launches[-1][3][:2] == (source.data_ptr(), target.data_ptr())
 
 
 def test_an_unknown_triton_launches_by_itself(driver, monkeypatch):

@@ -7,7 +7,6 @@ import torch
 from gluon_on_a_cpu import Kernels
 
 import pixnerd_kernels
-from pixnerd_kernels.ops.gpu.launch import Target, capture
 from pixnerd_kernels.ops.neural_field_mlp import reference
 
 HOPPER = Path(pixnerd_kernels.__file__).parent / "ops" / "neural_field_mlp" / "triton" / "hopper.py"
@@ -117,7 +116,7 @@ def test_weights_as_they_are_and_no_residual(kernels, unit, residual):
     "missing", ["    fence_async_shared()\n", "    barrier()\n", "async_copy.wait_group(0)\n"]
 )
 def test_a_missing_fence_barrier_or_wait_is_seen(tmp_path, missing):
-    """Each of them, left out of the loop over tiles."""
+    """All of a kind, left out of the loop over tiles. Triton itself adds barriers between stores and loads."""
     source = HOPPER.read_text()
     begin = source.index("def backward_tile(")
     end = source.index("\n\n\n", begin)
@@ -162,6 +161,10 @@ PLAIN = {
 )
 def test_what_it_takes(change, kernel):
     pytest.importorskip("triton")
+    from pixnerd_kernels.ops.gpu.launch import KNOWN_TRITON, Target, capture
+
+    if not KNOWN_TRITON:
+        pytest.skip("this Triton takes the other kernel")
     from pixnerd_kernels.ops.neural_field_mlp.triton import backward
 
     case = PLAIN | change

@@ -38,7 +38,7 @@ def test_result_and_every_gradient(backend, case, dtype):
 )
 def test_the_official_sizes(backend, dtype):
     """Some GPUs have kernels of their own for them."""
-    case = Case(batch=1, patch=16, d=20, d1=64, d2=128, blocks=3)
+    case = Case(batch=1, columns=4, patch=16, d=20, d1=64, d2=128, blocks=3)
     out = results(functools.partial(decode, case), case.inputs(dtype), case.upstream(dtype))
     assert_within(out, *expected(case, dtype))
 
@@ -178,14 +178,21 @@ def test_only_the_results_are_written(any_isa, case, save_weights, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("patches", [4, None], ids=str)
 def test_biases_whose_gradients_come_with_the_weights(monkeypatch, patches, dtype):
-    """By a column of ones beside the hidden states, as on a GPU; and without the weights' gradients by themselves."""
+    """By a column of ones beside the hidden states, as on a GPU; and where only some are wanted."""
     case = FAMILIES[0]
     monkeypatch.setattr(reference, "columns_of_ones", lambda call: 3)
     options = {"workspace": None if patches is None else case.workspace(patches, dtype)}
     tensors, upstream = case.inputs(dtype), case.upstream(dtype)
     with use_backend("reference"):
         out = results(functools.partial(decode, case, **options), tensors, upstream)
-    assert_within(out, *expected(case, dtype))
+        assert_within(out, *expected(case, dtype))
+        for names in (["bias.0"], ["generator.1", "bias.0"], ["generator.0", "generator.1", "bias.1"]):
+            leaves = {name: tensor.clone().requires_grad_(name in names) for name, tensor in tensors.items()}
+            found = torch.autograd.grad(
+                decode(case, leaves, **options), [leaves[name] for name in names], upstream
+            )
+            some = dict(zip(names, found, strict=True))
+            assert_within(some, *({name: part[name] for name in names} for part in expected(case, dtype)))
     assert all(gradient.is_contiguous() for gradient in out.values())
 
 

@@ -92,7 +92,10 @@ def select(q: Tensor, mask: Tensor | None = None, backend: str = "auto") -> str:
     if backend == "auto":
         if q.device.type != "cuda" or torch.compiler.is_compiling():
             return "sdpa"
-        return _first(q.device, q.dtype, q.shape[-1], mask is not None)
+        head_size = q.shape[-1]
+        # A tracer's symbolic size cannot be looked up.
+        first = _first if type(head_size) is int else _first.__wrapped__
+        return first(q.device, q.dtype, head_size, mask is not None)
     if reasons := not_supported_reasons(backend, q, mask):
         lines = "\n".join(f"  - {reason}" for reason in reasons)
         raise NotImplementedError(f"attention cannot run on the backend {backend!r}:\n{lines}")

@@ -1,6 +1,6 @@
 """The FlashAttention packages: looked for at the first use, and every reason why one cannot run.
 
-None of them has run in this project yet: no GPU was at hand. Calls and limits follow the packages' documentation.
+None of them has been run yet: calls and limits follow the packages' documentation.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ The block is n = x * r with r = rsqrt(mean(x²) + eps), z = n @ v1, y = x + silu
 Gluon is Triton with layouts, copies and waits in the programmer's hands. A program per processor takes patch after
 patch: 8 warps, four for each half of the hidden units, walk the pixels in tiles of 128, while later tiles and the next
 patch's weights are on their way to shared memory. Hidden values are held as [hidden, pixels], so that they enter the
-products for the weights from registers. All other shapes and GPUs take `neural_field_mlp_backward`, as does Triton's
-interpreter, which does not know Gluon.
+products for the weights from registers. In float16 e is infinite where dL/dz exceeds half of the largest number.
+
+What takes it is in `policy.on_hopper` and `_run_on_hopper`; everything else takes `neural_field_mlp_backward`, as does
+Triton's interpreter, which does not know Gluon.
 """
 
 from __future__ import annotations

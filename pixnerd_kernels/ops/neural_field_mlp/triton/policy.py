@@ -110,7 +110,8 @@ def span(pixels: int) -> int:
 
 
 def on_hopper(problem: Problem, target: Target) -> bool:
-    """Whether the kernel in `hopper` takes this backward: no plan is wanted, and tiles of 128 pixels are half full."""
+    """Whether the kernel in `hopper` takes this backward: no plan is wanted, and tiles of 128 pixels are more than
+    half full."""
     return (
         KNOWN_TRITON
         and _arch(target) == 90
