@@ -35,6 +35,7 @@ PIXNERD_DECLARE(avx512)
 namespace avx512_bf16 {
 void neural_field_mlp_forward(const NeuralField&, MutableMatrices);
 void neural_field_mlp_backward(const NeuralField&, const NeuralFieldGradients&);
+void matmul(const Product&);
 std::int64_t pixel_decoder_sums(const PixelDecoder&);
 void pixel_decoder_forward(const PixelDecoder&, const MutablePlanes&);
 void pixel_decoder_backward(const PixelDecoder&, const PixelDecoderGradients&);
@@ -85,6 +86,7 @@ const std::vector<Isa>& isas() {
     Isa with_bf16{"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), PIXNERD_KERNELS(avx512)};
     with_bf16.kernels.neural_field_mlp_forward = avx512_bf16::neural_field_mlp_forward;
     with_bf16.kernels.neural_field_mlp_backward = avx512_bf16::neural_field_mlp_backward;
+    with_bf16.kernels.matmul = avx512_bf16::matmul;
     with_bf16.kernels.pixel_decoder_forward = avx512_bf16::pixel_decoder_forward;
     with_bf16.kernels.pixel_decoder_backward = avx512_bf16::pixel_decoder_backward;
     list.push_back(with_bf16);

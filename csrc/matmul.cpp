@@ -1,5 +1,8 @@
 #include "matmul.h"
 
+#include <cstdint>
+#include <type_traits>
+
 #include "ahead.h"
 #include "gemm.h"
 #include "matmul_few_rows.h"
@@ -47,6 +50,84 @@ struct Source {
   }
 };
 
+#if defined(PIXNERD_ISA_AVX512_BF16)
+// Of rows [k] and [k + 1] of numbers in bfloat16, the pairs of columns c ... of both; zero at and past `columns`, and
+// where the second row is null.
+PIXNERD_INLINE Vec<Pair> load_pairs(const std::uint16_t* first, const std::uint16_t* second, int c, int columns) {
+  if (c >= columns) return Vec<Pair>{};
+  const int rest = columns - c;
+  const __mmask16 mask = static_cast<__mmask16>(rest < kLanes<float> ? (1u << rest) - 1 : 0xffffu);
+  const auto row = [&](const std::uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p + c));
+  };
+  const __m512i low = row(first);
+  if (!second) return reinterpret_cast<Vec<Pair>>(low);
+  return reinterpret_cast<Vec<Pair>>(_mm512_or_si512(low, _mm512_slli_epi32(row(second), 16)));
+}
+// Pairs k ... of neighbours in a column of `depth` numbers, zero past them.
+PIXNERD_INLINE Vec<Pair> load_pairs(const std::uint16_t* column, int k, int depth) {
+  const int rest = depth - 2 * k;
+  if (rest <= 0) return Vec<Pair>{};
+  const __mmask32 mask = rest < 2 * kLanes<float> ? (1u << rest) - 1 : 0xffffffffu;
+  return reinterpret_cast<Vec<Pair>>(_mm512_maskz_loadu_epi16(mask, column + 2 * k));
+}
+
+// `pack_panel` and `pack_unit` of a source in bfloat16, for products of pairs.
+inline void pack_panel(const Source<float>& s, const Pass& pass, std::int64_t first, Pair* panel) {
+  constexpr int n = kLanes<float>, kWidth = kPanel<float>;
+  const std::int64_t rest = s.width - first;
+  const int columns = rest < kWidth ? static_cast<int>(rest) : kWidth;
+  const auto* base = static_cast<const std::uint16_t*>(s.m.data) + s.offset(pass, first);
+  const int depth = (pass.depth + 1) / 2;
+  if (!s.deep()) {
+    for (int k = 0; k < depth; ++k) {
+      const auto* row = base + 2 * k * s.m.row_stride;
+      const auto* next = 2 * k + 1 < pass.depth ? row + s.m.row_stride : nullptr;
+      for (int c = 0; c < kWidth; c += n) store<Pair>(panel + k * kWidth + c, load_pairs(row, next, c, columns));
+    }
+    return;
+  }
+  for (int c = 0; c < kWidth; c += n) {
+    for (int k = 0; k < depth; k += n) {
+      Vec<float> tile[n];
+      for (int i = 0; i < n; ++i) {
+        const auto* column = base + (c + i) * s.m.column_stride;
+        tile[i] = c + i < columns ? reinterpret_cast<Vec<float>>(load_pairs(column, k, pass.depth)) : Vec<float>{};
+      }
+      transpose_tile<float>(tile);
+      for (int i = 0; i < n; ++i) store<Pair>(panel + (k + i) * kWidth + c, reinterpret_cast<Vec<Pair>>(tile[i]));
+    }
+  }
+}
+inline void pack_unit(const Source<float>& s, const Pass& pass, std::int64_t first, Pair* space,
+                      std::int64_t space_depth) {
+  constexpr int n = kLanes<float>;
+  const std::int64_t rest = s.width - first;
+  const int columns = rest < kUnit ? static_cast<int>(rest) : kUnit;
+  const auto* base = static_cast<const std::uint16_t*>(s.m.data) + s.offset(pass, first);
+  const int depth = (pass.depth + 1) / 2;
+  if (s.deep()) {
+    for (int i = 0; i < kUnit; ++i) {
+      const auto* column = base + (i < columns ? i : 0) * s.m.column_stride;
+      for (int k = 0; k < depth; k += n) {
+        store<Pair>(space + i * space_depth + k, i < columns ? load_pairs(column, k, pass.depth) : Vec<Pair>{});
+      }
+    }
+    return;
+  }
+  for (int k = 0; k < depth; ++k) {
+    const auto* row = base + 2 * k * s.m.row_stride;
+    const auto* next = 2 * k + 1 < pass.depth ? row + s.m.row_stride : nullptr;
+    Pair values[kUnit];
+    for (int c = 0; c < kUnit; c += n) store<Pair>(values + c, load_pairs(row, next, c, columns));
+    for (int strip = 0; strip < kStrips; ++strip) {
+      Pair* to = space + (strip * space_depth + k) * kRows;
+      for (int i = 0; i < kRows; ++i) to[i] = values[strip * kRows + i];
+    }
+  }
+}
+#endif
+
 // Columns first ... first + kPanel of a pass into one panel; columns past the width are zero.
 template <class T>
 void pack_panel(const Source<T>& s, const Pass& pass, std::int64_t first, T* panel) {
@@ -80,16 +161,22 @@ void pack_panel(const Source<T>& s, const Pass& pass, std::int64_t first, T* pan
 
 // A unit of strips: element (k, i) of strip s is at data[s * strip + i * row + k] of a deep source, else at
 // data[s * strip + k * kRows + i].
-template <class T>
+template <class O>
 struct Unit {
-  const T* data;
+  const O* data;
   std::ptrdiff_t strip, row;
 };
 
-// Whether columns first ... first + kUnit can be read where they lie.
-template <class T>
-bool in_place(const Source<T>& s, std::int64_t first) {
-  return s.deep() && bytes_of(s.m.dtype) == static_cast<int>(sizeof(T)) && first + kUnit <= s.width;
+// Whether columns first ... first + kUnit can be read where they lie. Pairs have to be whole and aligned.
+template <class T, class O>
+bool in_place(const Source<T>& s, std::int64_t depth, std::int64_t first) {
+  if (!s.deep() || first + kUnit > s.width) return false;
+  if constexpr (std::is_same_v<T, O>) {
+    return bytes_of(s.m.dtype) == static_cast<int>(sizeof(T));
+  } else {
+    return depth % 2 == 0 && s.m.column_stride % 2 == 0 &&
+           reinterpret_cast<std::uintptr_t>(s.m.data) % sizeof(O) == 0;
+  }
 }
 
 // Those columns in `space` [kUnit, depth rounded up to vectors]; columns past the width are zero.
@@ -122,11 +209,13 @@ void pack_unit(const Source<T>& s, const Pass& pass, std::int64_t first, T* spac
   });
 }
 
-template <class T>
-Unit<T> unit_at(const Source<T>& s, const Pass& pass, std::int64_t first, const T* space, std::int64_t space_depth) {
-  if (!in_place(s, first)) return {space, kRows * space_depth, space_depth};
-  const T* data = static_cast<const T*>(s.m.data) + s.offset(pass, first);
-  return {data, kRows * s.m.column_stride, s.m.column_stride};
+template <class O, class T>
+Unit<O> unit_at(const Source<T>& s, const Pass& pass, std::int64_t first, bool placed, const O* space,
+                std::int64_t space_depth) {
+  if (!placed) return {space, kRows * space_depth, space_depth};
+  constexpr int kNumbers = std::is_same_v<T, O> ? 1 : 2;
+  const std::int64_t stride = s.m.column_stride / kNumbers;
+  return {static_cast<const O*>(s.m.data) + s.offset(pass, first) / kNumbers, kRows * stride, stride};
 }
 
 // Everything that will be read of columns first ... first + count, in `calls` steps.
@@ -178,21 +267,21 @@ struct Target {
 };
 
 // acc += the products of a strip and a panel at one of their summed indices.
-template <bool Deep, int Vectors, class T>
-PIXNERD_INLINE void accumulate(Block<T, kRows, Vectors>& acc, const T* strip, std::ptrdiff_t row, const T* panel,
+template <bool Deep, int Vectors, class T, class O>
+PIXNERD_INLINE void accumulate(Block<T, kRows, Vectors>& acc, const O* strip, std::ptrdiff_t row, const O* panel,
                                std::ptrdiff_t k) {
-  Vec<T> right[Vectors];
-  for (int j = 0; j < Vectors; ++j) right[j] = load<T>(panel + k * kPanel<T> + j * kLanes<T>);
+  Vec<O> right[Vectors];
+  for (int j = 0; j < Vectors; ++j) right[j] = load<O>(panel + k * kPanel<T> + j * kLanes<T>);
   for (int i = 0; i < kRows; ++i) {
-    const Vec<T> left = broadcast(Deep ? strip[i * row + k] : strip[k * kRows + i]);
-    for (int j = 0; j < Vectors; ++j) acc.v[i][j] += left * right[j];
+    const Vec<O> left = broadcast(Deep ? strip[i * row + k] : strip[k * kRows + i]);
+    for (int j = 0; j < Vectors; ++j) acc.v[i][j] = multiply_add<T, O>(acc.v[i][j], left, right[j]);
   }
 }
 
 // The blocks of a unit, from column `s` of the strips' operand on, and the first vectors of a panel, from column `p`
 // of the panels'.
-template <bool Deep, int Vectors, class T>
-void finish_vectors(const Target<T>& t, std::int64_t s, const Unit<T>& unit, std::int64_t p, const T* panel,
+template <bool Deep, int Vectors, class T, class O>
+void finish_vectors(const Target<T>& t, std::int64_t s, const Unit<O>& unit, std::int64_t p, const O* panel,
                     int depth, Ahead& ahead) {
   constexpr int n = kLanes<T>, kQuarter = kPanel<T> / kStrips;
   const std::int64_t width = (t.flipped ? t.p.columns : t.p.rows) - s;
@@ -204,7 +293,7 @@ void finish_vectors(const Target<T>& t, std::int64_t s, const Unit<T>& unit, std
       t.prefetch(s + i * kRows, kRows, p, kPanel<T>);
     }
     Block<T, kRows, Vectors> acc;
-    const T* strip = unit.data + i * unit.strip;
+    const O* strip = unit.data + i * unit.strip;
     int k = 0;
     for (; k + kStep <= depth; k += kStep) {
       ahead.next();
@@ -238,8 +327,8 @@ void finish_vectors(const Target<T>& t, std::int64_t s, const Unit<T>& unit, std
 }
 
 // All of a panel, of which the half without columns is left out.
-template <bool Deep, class T>
-void finish(const Target<T>& t, std::int64_t s, const Unit<T>& unit, std::int64_t p, const T* panel, int depth,
+template <bool Deep, class T, class O>
+void finish(const Target<T>& t, std::int64_t s, const Unit<O>& unit, std::int64_t p, const O* panel, int depth,
             Ahead& ahead) {
   if ((t.flipped ? t.p.rows : t.p.columns) - p > kLanes<T>) {
     finish_vectors<Deep, 2>(t, s, unit, p, panel, depth, ahead);
@@ -248,54 +337,58 @@ void finish(const Target<T>& t, std::int64_t s, const Unit<T>& unit, std::int64_
   }
 }
 
-template <bool Deep, class T>
+template <bool Deep, class O, class T>
 void run(const Product& p, const Source<T>& strips, const Source<T>& panels, bool flipped, const T* bias) {
   const bool own_strips = flipped == (p.columns >= p.rows);
   const bool computed = p.dtype == DType::kFloat64 || p.dtype == DType::kFloat32;
   const std::int64_t deepest = own_strips && !p.row_invariant ? kDepth : kOwnPanelDepth;
   const std::int64_t passes = computed && p.depth > deepest ? (p.depth + deepest - 1) / deepest : 1;
-  const std::int64_t step = (p.depth + passes - 1) / passes;
-  const std::int64_t space_depth = (step + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  constexpr int kNumbers = std::is_same_v<T, O> ? 1 : 2;  // of one operand that are multiplied at a time
+  const std::int64_t step = ((p.depth + passes - 1) / passes + kNumbers - 1) / kNumbers * kNumbers;
+  const std::int64_t space_depth = (step / kNumbers + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   const std::int64_t units = (strips.width + kUnit - 1) / kUnit, unit_size = space_depth * kUnit;
   const std::int64_t columns = (panels.width + kPanel<T> - 1) / kPanel<T>, panel_size = space_depth * kPanel<T>;
   const int workers = workers_for(own_strips ? units : columns, p.threads);
-  const Scratch panel_memory(static_cast<std::size_t>(panel_size) * sizeof(T),
+  const Scratch panel_memory(static_cast<std::size_t>(panel_size) * sizeof(O),
                              own_strips ? static_cast<int>(columns) : workers);
   // The last unit, if it is not whole, is the only one that may have to be packed of a source that is read in place.
-  const bool placed = in_place(strips, 0);
-  const Scratch unit_memory(static_cast<std::size_t>(unit_size) * sizeof(T), own_strips ? workers
+  const auto lies_ready = [&](std::int64_t i) { return in_place<T, O>(strips, p.depth, i * kUnit); };
+  const bool placed = lies_ready(0);
+  const Scratch unit_memory(static_cast<std::size_t>(unit_size) * sizeof(O), own_strips ? workers
                                                                              : placed   ? 1
                                                                                         : static_cast<int>(units));
-  const auto panel_space = [&](std::int64_t i) { return static_cast<T*>(panel_memory.slice(static_cast<int>(i))); };
-  const auto unit_space = [&](std::int64_t i) { return static_cast<T*>(unit_memory.slice(static_cast<int>(i))); };
+  const auto panel_space = [&](std::int64_t i) { return static_cast<O*>(panel_memory.slice(static_cast<int>(i))); };
+  const auto unit_space = [&](std::int64_t i) { return static_cast<O*>(unit_memory.slice(static_cast<int>(i))); };
   std::int64_t k0 = 0;
   do {
     const Pass pass{k0, static_cast<int>(p.depth - k0 < step ? p.depth - k0 : step)};
     const Target<T> target{p, k0 == 0 ? bias : nullptr, p.accumulate || k0 > 0, flipped};
-    const std::int64_t blocks_deep = kStrips * ((pass.depth + kStep - 1) / kStep);
+    const int depth = depth_of<T, O>(pass.depth);
+    const std::int64_t blocks_deep = kStrips * ((depth + kStep - 1) / kStep);
     if (own_strips) {
       parallel_for(columns, p.threads,
                    [&](int, std::int64_t j) { pack_panel(panels, pass, j * kPanel<T>, panel_space(j)); });
       parallel_for(units, p.threads, [&](int worker, std::int64_t i) {
-        T* space = unit_space(worker);
-        if (!in_place(strips, i * kUnit)) pack_unit(strips, pass, i * kUnit, space, space_depth);
-        const Unit<T> unit = unit_at(strips, pass, i * kUnit, space, space_depth);
+        O* space = unit_space(worker);
+        if (!lies_ready(i)) pack_unit(strips, pass, i * kUnit, space, space_depth);
+        const Unit<O> unit = unit_at<O>(strips, pass, i * kUnit, lies_ready(i), space, space_depth);
         Ahead ahead = ahead_of(strips, pass, (i + workers) * kUnit, kUnit, columns * blocks_deep);
         for (std::int64_t j = 0; j < columns; ++j) {
-          finish<Deep>(target, i * kUnit, unit, j * kPanel<T>, panel_space(j), pass.depth, ahead);
+          finish<Deep>(target, i * kUnit, unit, j * kPanel<T>, panel_space(j), depth, ahead);
         }
       });
     } else {
       parallel_for(units, p.threads, [&](int, std::int64_t i) {
-        if (!in_place(strips, i * kUnit)) pack_unit(strips, pass, i * kUnit, unit_space(placed ? 0 : i), space_depth);
+        if (!lies_ready(i)) pack_unit(strips, pass, i * kUnit, unit_space(placed ? 0 : i), space_depth);
       });
       parallel_for(columns, p.threads, [&](int worker, std::int64_t j) {
-        T* panel = panel_space(worker);
+        O* panel = panel_space(worker);
         pack_panel(panels, pass, j * kPanel<T>, panel);
         Ahead ahead = ahead_of(panels, pass, (j + workers) * kPanel<T>, kPanel<T>, units * blocks_deep);
         for (std::int64_t i = 0; i < units; ++i) {
-          const Unit<T> unit = unit_at(strips, pass, i * kUnit, unit_space(placed ? 0 : i), space_depth);
-          finish<Deep>(target, i * kUnit, unit, j * kPanel<T>, panel, pass.depth, ahead);
+          const O* space = unit_space(placed ? 0 : i);
+          const Unit<O> unit = unit_at<O>(strips, pass, i * kUnit, lies_ready(i), space, space_depth);
+          finish<Deep>(target, i * kUnit, unit, j * kPanel<T>, panel, depth, ahead);
         }
       });
     }
@@ -303,7 +396,7 @@ void run(const Product& p, const Source<T>& strips, const Source<T>& panels, boo
   } while (k0 < p.depth);
 }
 
-template <class T>
+template <class T, class O>
 void run(const Product& p) {
   const Source<T> left{{p.a.data, p.a.column_stride, p.a.row_stride, p.a.dtype}, p.rows};
   const Source<T> right{p.b, p.columns};
@@ -319,11 +412,16 @@ void run(const Product& p) {
   const bool flipped = right.deep() && (!left.deep() || right.width >= left.width);
   const Source<T>& strips = flipped ? right : left;
   const Source<T>& panels = flipped ? left : right;
-  strips.deep() ? run<true>(p, strips, panels, flipped, bias) : run<false>(p, strips, panels, flipped, bias);
+  strips.deep() ? run<true, O>(p, strips, panels, flipped, bias) : run<false, O>(p, strips, panels, flipped, bias);
 }
 
 }  // namespace
 
-void matmul(const Product& p) { p.dtype == DType::kFloat64 ? run<double>(p) : run<float>(p); }
+void matmul(const Product& p) {
+#if defined(PIXNERD_ISA_AVX512_BF16)
+  if (p.a.dtype == DType::kBFloat16 && p.b.dtype == DType::kBFloat16) return run<float, Pair>(p);
+#endif
+  p.dtype == DType::kFloat64 ? run<double, double>(p) : run<float, float>(p);
+}
 
 }  // namespace pixnerd::PIXNERD_ISA
