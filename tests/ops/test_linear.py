@@ -28,7 +28,7 @@ SMALL = Call("small", linear, plain, {"x": (3, 4), "weight": (5, 4), "bias": (5,
 @pytest.fixture
 def products(core, monkeypatch):
     """How often the core multiplies, on any processor."""
-    monkeypatch.setattr(MODULE, "_CORE", True)
+    monkeypatch.setattr(MODULE, "CORE_IS_FASTER", True)
     count = []
     real = cpu.matmul
     monkeypatch.setattr(cpu, "matmul", lambda *args, **options: count.append(1) or real(*args, **options))
@@ -103,7 +103,7 @@ def test_reasons_are_told(monkeypatch):
 
 
 def test_without_the_core(monkeypatch):
-    monkeypatch.setattr(MODULE, "_CORE", True)
+    monkeypatch.setattr(MODULE, "CORE_IS_FASTER", True)
     monkeypatch.setattr(backends, "_load_native", lambda: (None, "it was not built"))
     x, weight = torch.randn(300, 96), torch.randn(160, 96)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
@@ -112,7 +112,7 @@ def test_without_the_core(monkeypatch):
 
 
 def test_forced_backends(monkeypatch, products):
-    monkeypatch.setattr(MODULE, "_CORE", False)
+    monkeypatch.setattr(MODULE, "CORE_IS_FASTER", False)
     x, weight = torch.randn(300, 96), torch.randn(160, 96)
     linear(x, weight)
     assert not products

@@ -52,7 +52,7 @@ def _takes_core(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     ):
         return False
     forced = backends.forced_backend()
-    if torch.is_autocast_enabled("cpu") or not (_CORE if not forced else forced == "cpu"):
+    if torch.is_autocast_enabled("cpu") or not (CORE_IS_FASTER if not forced else forced == "cpu"):
         return False
     fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
@@ -87,7 +87,7 @@ def _vendor() -> str:
 
 
 #: A constant, which torch.compile can read.
-_CORE = not _processor_reasons()
+CORE_IS_FASTER = not _processor_reasons()
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

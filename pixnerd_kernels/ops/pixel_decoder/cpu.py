@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pixnerd_kernels.backends import native
 from pixnerd_kernels.ops.dtypes import compute_dtype
+from pixnerd_kernels.ops.linear import CORE_IS_FASTER
 from pixnerd_kernels.ops.linear.cpu import matmul
 from pixnerd_kernels.ops.native import ABSENT, DTYPES, Strided, strided
 from pixnerd_kernels.ops.neural_field_mlp.cpu import ACTIVATIONS
@@ -24,9 +25,11 @@ at_once, columns_of_ones = reference.at_once, reference.columns_of_ones
 def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out [n, G] = hidden @ weightᵀ + bias.
 
-    Half types take torch's product: it uses the processor's bfloat16 instructions where there are any.
+    Half types take torch's product, which uses what instructions and units for them the processor has; but the core's,
+    where it has such instructions too and is the faster library: on AMD's.
     """
-    if hidden.dtype != compute_dtype(hidden.dtype):
+    pairs = hidden.dtype == torch.bfloat16 and CORE_IS_FASTER and native().isa() == "avx512_bf16"
+    if hidden.dtype != compute_dtype(hidden.dtype) and not pairs:
         reference.generate(hidden, weight, bias, out)
         return
     matmul(hidden, weight.mT, out, bias, row_invariant=True)
