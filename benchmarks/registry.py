@@ -223,6 +223,7 @@ _ALL: list[Case] = [
 _DECODERS: list[Case] = [
     *_both("pixel_decoder-xl-256", heads.PixelDecoder(), _XL, _DECODER_SMOKE),
     Case("pixel_decoder-xl-256-saving", heads.PixelDecoder(save_weights=True), True, _XL, _DECODER_SMOKE),
+    *_both("pixel_decoder-xl-bf16", heads.PixelDecoder(), _XL, _DECODER_SMOKE, dtype=torch.bfloat16),
     *_both("pixel_decoder-xl-512", heads.PixelDecoder(), {**_XL, "H": 512}, _DECODER_SMOKE),
     *_both("pixel_decoder-l-256", heads.PixelDecoder(), _L, _DECODER_SMOKE),
     *_both("pixel_decoder-l-512", heads.PixelDecoder(), {**_L, "H": 512}, _DECODER_SMOKE),
