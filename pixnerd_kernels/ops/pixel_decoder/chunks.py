@@ -284,10 +284,14 @@ def backward(backend: Any, call: Call, grad: Tensor, saved: Tensor, needs: Needs
     d_image = torch.empty_like(image, memory_format=torch.contiguous_format) if needs.image else None
     d_states = hidden.new_empty(call.patches, hidden.shape[2]) if needs.hidden else None
     width = hidden.shape[2]
+    chunks = list(_chunks(backend, call, training=True))
+    # The gradients of the generators add up in the dtype computed in, unless there is nothing to add.
+    summed = compute if len(chunks) > 1 else hidden.dtype
     # Where the biases' gradients are wanted alone, they are sums; else they are columns of the weights'.
-    extra = backend.columns_of_ones(call) if all(needs.generators) and any(needs.biases) else 0
+    wanted = all(needs.generators) and any(needs.biases) and len(chunks) > 1
+    extra = backend.columns_of_ones(call) if wanted else 0
     weights = [
-        fresh(hidden.new_empty(w.shape[0], width + extra, dtype=compute)) if need else None
+        fresh(hidden.new_empty(w.shape[0], width + extra, dtype=summed)) if need else None
         for w, need in zip(call.generators, needs.generators, strict=True)
     ]
     biases = [
@@ -300,7 +304,7 @@ def backward(backend: Any, call: Call, grad: Tensor, saved: Tensor, needs: Needs
         sums = torch.zeros(size, dtype=torch.float64, device=image.device)
     has_saved = bool(saved.numel())
     room = _room(backend, call, training=True) if needs.generated or not has_saved else None
-    for first, count in _chunks(backend, call, training=True):
+    for first, count in chunks:
         if has_saved:
             generated = saved[:, first : first + count]
         else:
