@@ -36,7 +36,6 @@ namespace avx512_bf16 {
 void neural_field_mlp_forward(const NeuralField&, MutableMatrices);
 void neural_field_mlp_backward(const NeuralField&, const NeuralFieldGradients&);
 void matmul(const Product&);
-std::int64_t pixel_decoder_sums(const PixelDecoder&);
 void pixel_decoder_forward(const PixelDecoder&, const MutablePlanes&);
 void pixel_decoder_backward(const PixelDecoder&, const PixelDecoderGradients&);
 }  // namespace avx512_bf16

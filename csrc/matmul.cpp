@@ -50,110 +50,84 @@ struct Source {
   }
 };
 
-#if defined(PIXNERD_ISA_AVX512_BF16)
-// Of rows [k] and [k + 1] of numbers in bfloat16, the pairs of columns c ... of both; zero at and past `columns`, and
-// where the second row is null.
-PIXNERD_INLINE Vec<Pair> load_pairs(const std::uint16_t* first, const std::uint16_t* second, int c, int columns) {
-  if (c >= columns) return Vec<Pair>{};
-  const int rest = columns - c;
-  const __mmask16 mask = static_cast<__mmask16>(rest < kLanes<float> ? (1u << rest) - 1 : 0xffffu);
-  const auto row = [&](const std::uint16_t* p) {
-    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p + c));
-  };
-  const __m512i low = row(first);
-  if (!second) return reinterpret_cast<Vec<Pair>>(low);
-  return reinterpret_cast<Vec<Pair>>(_mm512_or_si512(low, _mm512_slli_epi32(row(second), 16)));
-}
-// Pairs k ... of neighbours in a column of `depth` numbers, zero past them.
-PIXNERD_INLINE Vec<Pair> load_pairs(const std::uint16_t* column, int k, int depth) {
-  const int rest = depth - 2 * k;
-  if (rest <= 0) return Vec<Pair>{};
-  const __mmask32 mask = rest < 2 * kLanes<float> ? (1u << rest) - 1 : 0xffffffffu;
-  return reinterpret_cast<Vec<Pair>>(_mm512_maskz_loadu_epi16(mask, column + 2 * k));
-}
+// Operands of a source from one of its elements on: numbers, or pairs of what is stored in bfloat16. A vector of
+// those with summed index k in columns c ..., of which those at and past `columns` are zero, or of those with indices
+// k ... in column c, of which those at and past the depth are.
+template <class T, class Storage>
+struct Numbers {
+  const typename Storage::Stored* base;
+  std::int64_t row_stride, column_stride;
+  int depth;
 
-// `pack_panel` and `pack_unit` of a source in bfloat16, for products of pairs.
-inline void pack_panel(const Source<float>& s, const Pass& pass, std::int64_t first, Pair* panel) {
-  constexpr int n = kLanes<float>, kWidth = kPanel<float>;
-  const std::int64_t rest = s.width - first;
-  const int columns = rest < kWidth ? static_cast<int>(rest) : kWidth;
-  const auto* base = static_cast<const std::uint16_t*>(s.m.data) + s.offset(pass, first);
-  const int depth = (pass.depth + 1) / 2;
-  if (!s.deep()) {
-    for (int k = 0; k < depth; ++k) {
-      const auto* row = base + 2 * k * s.m.row_stride;
-      const auto* next = 2 * k + 1 < pass.depth ? row + s.m.row_stride : nullptr;
-      for (int c = 0; c < kWidth; c += n) store<Pair>(panel + k * kWidth + c, load_pairs(row, next, c, columns));
-    }
-    return;
+  PIXNERD_INLINE Vec<T> across(int k, int c, int columns) const {
+    return load_columns<T>(Storage{}, base + k * row_stride, c, columns);
   }
-  for (int c = 0; c < kWidth; c += n) {
-    for (int k = 0; k < depth; k += n) {
-      Vec<float> tile[n];
-      for (int i = 0; i < n; ++i) {
-        const auto* column = base + (c + i) * s.m.column_stride;
-        tile[i] = c + i < columns ? reinterpret_cast<Vec<float>>(load_pairs(column, k, pass.depth)) : Vec<float>{};
-      }
-      transpose_tile<float>(tile);
-      for (int i = 0; i < n; ++i) store<Pair>(panel + (k + i) * kWidth + c, reinterpret_cast<Vec<Pair>>(tile[i]));
-    }
+  PIXNERD_INLINE Vec<T> along(int k, int c) const {
+    return load_columns<T>(Storage{}, base + c * column_stride, k, depth);
   }
-}
-inline void pack_unit(const Source<float>& s, const Pass& pass, std::int64_t first, Pair* space,
-                      std::int64_t space_depth) {
-  constexpr int n = kLanes<float>;
-  const std::int64_t rest = s.width - first;
-  const int columns = rest < kUnit ? static_cast<int>(rest) : kUnit;
-  const auto* base = static_cast<const std::uint16_t*>(s.m.data) + s.offset(pass, first);
-  const int depth = (pass.depth + 1) / 2;
-  if (s.deep()) {
-    for (int i = 0; i < kUnit; ++i) {
-      const auto* column = base + (i < columns ? i : 0) * s.m.column_stride;
-      for (int k = 0; k < depth; k += n) {
-        store<Pair>(space + i * space_depth + k, i < columns ? load_pairs(column, k, pass.depth) : Vec<Pair>{});
-      }
-    }
-    return;
+};
+#if defined(PIXNERD_ISA_AVX512_BF16)
+struct Pairs {
+  const std::uint16_t* base;
+  std::int64_t row_stride, column_stride;
+  int depth;  // of numbers; an odd last one has a zero beside it
+
+  PIXNERD_INLINE Vec<Pair> across(int k, int c, int columns) const {
+    if (c >= columns) return Vec<Pair>{};
+    const int rest = columns - c;
+    const __mmask16 mask = static_cast<__mmask16>(rest < kLanes<float> ? (1u << rest) - 1 : 0xffffu);
+    const auto row = [&](int index) {
+      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, base + index * row_stride + c));
+    };
+    const __m512i low = row(2 * k);
+    if (2 * k + 1 >= depth) return reinterpret_cast<Vec<Pair>>(low);
+    return reinterpret_cast<Vec<Pair>>(_mm512_or_si512(low, _mm512_slli_epi32(row(2 * k + 1), 16)));
   }
-  for (int k = 0; k < depth; ++k) {
-    const auto* row = base + 2 * k * s.m.row_stride;
-    const auto* next = 2 * k + 1 < pass.depth ? row + s.m.row_stride : nullptr;
-    Pair values[kUnit];
-    for (int c = 0; c < kUnit; c += n) store<Pair>(values + c, load_pairs(row, next, c, columns));
-    for (int strip = 0; strip < kStrips; ++strip) {
-      Pair* to = space + (strip * space_depth + k) * kRows;
-      for (int i = 0; i < kRows; ++i) to[i] = values[strip * kRows + i];
-    }
+  PIXNERD_INLINE Vec<Pair> along(int k, int c) const {
+    const int rest = depth - 2 * k;
+    if (rest <= 0) return Vec<Pair>{};
+    const __mmask32 mask = rest < 2 * kLanes<float> ? (1u << rest) - 1 : 0xffffffffu;
+    return reinterpret_cast<Vec<Pair>>(_mm512_maskz_loadu_epi16(mask, base + c * column_stride + 2 * k));
   }
-}
+};
 #endif
 
+// Call function with the operands of a pass from column `first` on.
+template <class O, class T, class Function>
+PIXNERD_INLINE void with_operands(const Source<T>& s, const Pass& pass, std::int64_t first, Function&& function) {
+#if defined(PIXNERD_ISA_AVX512_BF16)
+  if constexpr (std::is_same_v<O, Pair>) {
+    const auto* base = static_cast<const std::uint16_t*>(s.m.data) + s.offset(pass, first);
+    return function(Pairs{base, s.m.row_stride, s.m.column_stride, pass.depth});
+  } else
+#endif
+    with_storage<T>(s.m.dtype, [&](auto storage) {
+      using Storage = decltype(storage);
+      const auto* base = static_cast<const typename Storage::Stored*>(s.m.data) + s.offset(pass, first);
+      function(Numbers<T, Storage>{base, s.m.row_stride, s.m.column_stride, pass.depth});
+    });
+}
+
 // Columns first ... first + kPanel of a pass into one panel; columns past the width are zero.
-template <class T>
-void pack_panel(const Source<T>& s, const Pass& pass, std::int64_t first, T* panel) {
+template <class O, class T>
+void pack_panel(const Source<T>& s, const Pass& pass, std::int64_t first, O* panel) {
   constexpr int n = kLanes<T>;
   const std::int64_t rest = s.width - first;
   const int columns = rest < kPanel<T> ? static_cast<int>(rest) : kPanel<T>;
-  with_storage<T>(s.m.dtype, [&](auto storage) {
-    const auto* base = static_cast<const typename decltype(storage)::Stored*>(s.m.data) + s.offset(pass, first);
+  const int depth = depth_of<T, O>(pass.depth);
+  with_operands<O>(s, pass, first, [&](auto operands) {
     if (!s.deep()) {
-      for (int k = 0; k < pass.depth; ++k) {
-        const auto* row = base + k * s.m.row_stride;
-        for (int c = 0; c < kPanel<T>; c += n) {
-          store<T>(panel + k * kPanel<T> + c, load_columns<T>(storage, row, c, columns));
-        }
+      for (int k = 0; k < depth; ++k) {
+        for (int c = 0; c < kPanel<T>; c += n) store<O>(panel + k * kPanel<T> + c, operands.across(k, c, columns));
       }
       return;
     }
     for (int c = 0; c < kPanel<T>; c += n) {
-      for (int k = 0; k < pass.depth; k += n) {
-        Vec<T> tile[n];
-        for (int i = 0; i < n; ++i) {
-          tile[i] = c + i < columns ? load_columns<T>(storage, base + (c + i) * s.m.column_stride, k, pass.depth)
-                                    : Vec<T>{};
-        }
-        transpose_tile<T>(tile);
-        for (int i = 0; i < n; ++i) store<T>(panel + (k + i) * kPanel<T> + c, tile[i]);
+      for (int k = 0; k < depth; k += n) {
+        Vec<O> tile[n];
+        for (int i = 0; i < n; ++i) tile[i] = c + i < columns ? operands.along(k, c + i) : Vec<O>{};
+        transpose_tile<O>(tile);
+        for (int i = 0; i < n; ++i) store<O>(panel + (k + i) * kPanel<T> + c, tile[i]);
       }
     }
   });
@@ -180,29 +154,26 @@ bool in_place(const Source<T>& s, std::int64_t depth, std::int64_t first) {
 }
 
 // Those columns in `space` [kUnit, depth rounded up to vectors]; columns past the width are zero.
-template <class T>
-void pack_unit(const Source<T>& s, const Pass& pass, std::int64_t first, T* space, std::int64_t space_depth) {
+template <class O, class T>
+void pack_unit(const Source<T>& s, const Pass& pass, std::int64_t first, O* space, std::int64_t space_depth) {
   constexpr int n = kLanes<T>;
   const std::int64_t rest = s.width - first;
   const int columns = rest < kUnit ? static_cast<int>(rest) : kUnit;
-  with_storage<T>(s.m.dtype, [&](auto storage) {
-    const auto* base = static_cast<const typename decltype(storage)::Stored*>(s.m.data) + s.offset(pass, first);
+  const int depth = depth_of<T, O>(pass.depth);
+  with_operands<O>(s, pass, first, [&](auto operands) {
     if (s.deep()) {
       for (int i = 0; i < kUnit; ++i) {
-        const auto* column = base + (i < columns ? i : 0) * s.m.column_stride;
-        for (int k = 0; k < pass.depth; k += n) {
-          const Vec<T> v = i < columns ? load_columns<T>(storage, column, k, pass.depth) : Vec<T>{};
-          store<T>(space + i * space_depth + k, v);
+        for (int k = 0; k < depth; k += n) {
+          store<O>(space + i * space_depth + k, i < columns ? operands.along(k, i) : Vec<O>{});
         }
       }
       return;
     }
-    for (int k = 0; k < pass.depth; ++k) {
-      const auto* row = base + k * s.m.row_stride;
-      T values[kUnit];
-      for (int c = 0; c < kUnit; c += n) store<T>(values + c, load_columns<T>(storage, row, c, columns));
+    for (int k = 0; k < depth; ++k) {
+      O values[kUnit];
+      for (int c = 0; c < kUnit; c += n) store<O>(values + c, operands.across(k, c, columns));
       for (int strip = 0; strip < kStrips; ++strip) {
-        T* to = space + (strip * space_depth + k) * kRows;
+        O* to = space + (strip * space_depth + k) * kRows;
         for (int i = 0; i < kRows; ++i) to[i] = values[strip * kRows + i];
       }
     }

@@ -79,16 +79,13 @@ void backward(const NeuralField& f, const NeuralFieldGradients& d) {
 }  // namespace
 
 void neural_field_mlp_forward(const NeuralField& field, MutableMatrices y) {
-  dispatch(field.dtype, field.activation, [&](auto type, auto operand, auto act) {
-    forward<typename decltype(type)::type, typename decltype(operand)::type, typename decltype(act)::type>(field, y);
-  });
+  dispatch(field.dtype, field.activation,
+           [&]<class T, class O, class Act>(Types<T, O, Act>) { forward<T, O, Act>(field, y); });
 }
 
 void neural_field_mlp_backward(const NeuralField& field, const NeuralFieldGradients& gradients) {
-  dispatch(field.dtype, field.activation, [&](auto type, auto operand, auto act) {
-    backward<typename decltype(type)::type, typename decltype(operand)::type, typename decltype(act)::type>(
-        field, gradients);
-  });
+  dispatch(field.dtype, field.activation,
+           [&]<class T, class O, class Act>(Types<T, O, Act>) { backward<T, O, Act>(field, gradients); });
 }
 
 }  // namespace pixnerd::PIXNERD_ISA

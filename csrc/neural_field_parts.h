@@ -41,28 +41,25 @@ struct Relu {
   }
 };
 
-// Call function with tags of the computed type, of products' operands and of the activation.
-template <class T>
-struct Type {
-  using type = T;
-};
+// Call function with a tag of the computed type, of products' operands and of the activation.
+template <class... T>
+struct Types {};
 template <class Function>
 void dispatch(DType dtype, Activation activation, Function&& function) {
-  const auto with_type = [&](auto type, auto operand) {
-    using T = typename decltype(type)::type;
+  const auto with_types = [&]<class T, class O>(Types<T, O>) {
     switch (activation) {
       case Activation::kGelu:
-        return function(type, operand, Type<Gelu<T>>{});
+        return function(Types<T, O, Gelu<T>>{});
       case Activation::kRelu:
-        return function(type, operand, Type<Relu<T>>{});
+        return function(Types<T, O, Relu<T>>{});
       default:
-        return function(type, operand, Type<Silu<T>>{});
+        return function(Types<T, O, Silu<T>>{});
     }
   };
 #if defined(PIXNERD_ISA_AVX512_BF16)
-  if (dtype == DType::kBFloat16) return with_type(Type<float>{}, Type<Pair>{});
+  if (dtype == DType::kBFloat16) return with_types(Types<float, Pair>{});
 #endif
-  dtype == DType::kFloat64 ? with_type(Type<double>{}, Type<double>{}) : with_type(Type<float>{}, Type<float>{});
+  dtype == DType::kFloat64 ? with_types(Types<double, double>{}) : with_types(Types<float, float>{});
 }
 
 // A weight of one patch: its panels, the scale of each column, and the part of the scale that depends on the

@@ -243,17 +243,13 @@ void backward(const PixelDecoder& d, const PixelDecoderGradients& g) {
 std::int64_t pixel_decoder_sums(const PixelDecoder& decoder) { return Sums(decoder).total; }
 
 void pixel_decoder_forward(const PixelDecoder& decoder, const MutablePlanes& out) {
-  dispatch(decoder.dtype, decoder.activation, [&](auto type, auto operand, auto act) {
-    forward<typename decltype(type)::type, typename decltype(operand)::type, typename decltype(act)::type>(decoder,
-                                                                                                           out);
-  });
+  dispatch(decoder.dtype, decoder.activation,
+           [&]<class T, class O, class Act>(Types<T, O, Act>) { forward<T, O, Act>(decoder, out); });
 }
 
 void pixel_decoder_backward(const PixelDecoder& decoder, const PixelDecoderGradients& gradients) {
-  dispatch(decoder.dtype, decoder.activation, [&](auto type, auto operand, auto act) {
-    backward<typename decltype(type)::type, typename decltype(operand)::type, typename decltype(act)::type>(
-        decoder, gradients);
-  });
+  dispatch(decoder.dtype, decoder.activation,
+           [&]<class T, class O, class Act>(Types<T, O, Act>) { backward<T, O, Act>(decoder, gradients); });
 }
 
 }  // namespace pixnerd::PIXNERD_ISA

@@ -15,12 +15,9 @@ NAMES = ("dx", "d1", "d2", "d_norm")
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(threads):
     """Tensors are so small that more of them wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    threads(1)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["late", "at_once"])

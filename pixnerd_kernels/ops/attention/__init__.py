@@ -105,18 +105,20 @@ def select(q: Tensor, mask: Tensor | None = None, backend: str = "auto") -> str:
 @functools.cache
 def _first(device: torch.device, dtype: torch.dtype, head_size: int, masked: bool) -> str:
     """The first backend that runs here for such tensors."""
-    flashes = (name for name in BACKENDS if name != "sdpa")
-    return next(
-        (name for name in flashes if not flash.not_supported_reasons(name, device, dtype, head_size, masked)),
-        "sdpa",
-    )
+    return next(name for name in BACKENDS if not _reasons(name, device, dtype, head_size, masked))
+
+
+def _reasons(
+    backend: str, device: torch.device, dtype: torch.dtype, head_size: int, masked: bool
+) -> list[str]:
+    if backend == "sdpa":
+        return []
+    return flash.not_supported_reasons(backend, device, dtype, head_size, masked)
 
 
 def not_supported_reasons(backend: str, q: Tensor, mask: Tensor | None = None) -> list[str]:
     """Every reason why a backend cannot run for these tensors; empty if it can."""
-    if backend == "sdpa":
-        return []
-    return flash.not_supported_reasons(backend, q.device, q.dtype, q.shape[-1], masked=mask is not None)
+    return _reasons(backend, q.device, q.dtype, q.shape[-1], mask is not None)
 
 
 __all__ = ["BACKENDS", "attention", "not_supported_reasons", "select"]

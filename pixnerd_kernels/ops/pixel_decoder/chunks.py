@@ -18,7 +18,7 @@ all patches share.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,7 +236,7 @@ def default_workspace(device: torch.device) -> int:
     return min(_MOST, max(_LEAST, torch.cuda.get_device_properties(device).total_memory // 100))
 
 
-def _chunks(backend: Any, call: Call, training: bool) -> Iterator[tuple[int, int]]:
+def _chunks(backend: Any, call: Call, training: bool) -> list[tuple[int, int]]:
     """First patch and number of patches of each chunk."""
     row = sum(generator.shape[0] for generator in call.generators)
     workspace = call.workspace
@@ -245,13 +245,12 @@ def _chunks(backend: Any, call: Call, training: bool) -> Iterator[tuple[int, int
     size = chunk_size(
         call.patches, row * call.hidden.element_size(), workspace, backend.at_once(call, training)
     )
-    for first in range(0, call.patches, size):
-        yield first, min(size, call.patches - first)
+    return [(first, min(size, call.patches - first)) for first in range(0, call.patches, size)]
 
 
-def _room(backend: Any, call: Call, training: bool) -> Tensor:
+def _room(call: Call, chunks: Sequence[tuple[int, int]]) -> Tensor:
     """Memory for the generated weights of the largest chunk."""
-    largest = max((count for _, count in _chunks(backend, call, training)), default=0)
+    largest = max((count for _, count in chunks), default=0)
     return fresh(call.hidden.new_empty(len(call.generators), largest, call.generators[0].shape[0]))
 
 
@@ -269,8 +268,9 @@ def forward(backend: Any, call: Call, save_weights: bool) -> tuple[Tensor, Tenso
     saved = call.hidden.new_empty(0)
     if save_weights:
         saved = fresh(call.hidden.new_empty(len(call.generators), call.patches, call.generators[0].shape[0]))
-    room = saved if save_weights else _room(backend, call, training=False)
-    for first, count in _chunks(backend, call, training=False):
+    chunks = _chunks(backend, call, training=False)
+    room = saved if save_weights else _room(call, chunks)
+    for first, count in chunks:
         generated = room[:, first : first + count] if save_weights else room[:, :count]
         _generate(backend, call, first, generated)
         backend.forward(call, generated, first, out)
@@ -284,7 +284,7 @@ def backward(backend: Any, call: Call, grad: Tensor, saved: Tensor, needs: Needs
     d_image = torch.empty_like(image, memory_format=torch.contiguous_format) if needs.image else None
     d_states = hidden.new_empty(call.patches, hidden.shape[2]) if needs.hidden else None
     width = hidden.shape[2]
-    chunks = list(_chunks(backend, call, training=True))
+    chunks = _chunks(backend, call, training=True)
     # The gradients of the generators add up in the dtype computed in, unless there is nothing to add.
     summed = compute if len(chunks) > 1 else hidden.dtype
     # Where the biases' gradients are wanted alone, they are sums; else they are columns of the weights'.
@@ -303,7 +303,7 @@ def backward(backend: Any, call: Call, grad: Tensor, saved: Tensor, needs: Needs
         size = sum(torch.Size(shape).numel() for _, shape in call.sums())
         sums = torch.zeros(size, dtype=torch.float64, device=image.device)
     has_saved = bool(saved.numel())
-    room = _room(backend, call, training=True) if needs.generated or not has_saved else None
+    room = _room(call, chunks) if needs.generated or not has_saved else None
     for first, count in chunks:
         if has_saved:
             generated = saved[:, first : first + count]

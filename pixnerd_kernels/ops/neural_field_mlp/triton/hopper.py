@@ -91,27 +91,36 @@ def store_scales(squares, eps, scales, UNIT: gl.constexpr):
 
 
 @gluon.jit
+def pointers(base, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, row: gl.constexpr, LAYOUT: gl.constexpr):
+    """To the elements of a matrix whose rows are `row` apart."""
+    rows = gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    return base + rows[:, None] * row + columns[None, :]
+
+
+@gluon.jit
+def inside(start, pixels, LAYOUT: gl.constexpr):
+    """Which numbers of the tile that begins with pixel `start` belong to a pixel."""
+    rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, LAYOUT))
+    return (start + rows[:, None] < pixels) & (columns[None, :] < CHANNELS)
+
+
+@gluon.jit
 def copy_weights(w1, w2, w1_row: gl.constexpr, w2_row: gl.constexpr, raw1, raw2):
     """Start to copy a patch's weights to shared memory."""
-    rows = gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, ROWS128))
-    columns = gl.arange(0, HIDDEN, layout=gl.SliceLayout(0, ROWS128))
-    async_copy.async_copy_global_to_shared(raw1, w1 + rows[:, None] * w1_row + columns[None, :])
-    rows = gl.arange(0, HIDDEN, layout=gl.SliceLayout(1, ROWS64))
-    columns = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, ROWS64))
-    async_copy.async_copy_global_to_shared(raw2, w2 + rows[:, None] * w2_row + columns[None, :])
+    async_copy.async_copy_global_to_shared(raw1, pointers(w1, CHANNELS, HIDDEN, w1_row, ROWS128))
+    async_copy.async_copy_global_to_shared(raw2, pointers(w2, HIDDEN, CHANNELS, w2_row, ROWS64))
 
 
 @gluon.jit
 def copy_pixels(source, row: gl.constexpr, start, pixels, target, FULL: gl.constexpr):
     """Start to copy a tile to shared memory; zeros beyond the last pixel."""
-    rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, ROWS64))
-    columns = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, ROWS64))
-    pointers = source + start.to(gl.int64) * row + rows[:, None] * row + columns[None, :]
+    tile = pointers(source + start.to(gl.int64) * row, TILE, CHANNELS, row, ROWS64)
     if FULL:
-        async_copy.async_copy_global_to_shared(target, pointers)
+        async_copy.async_copy_global_to_shared(target, tile)
     else:
-        inside = (start + rows[:, None] < pixels) & (columns[None, :] < CHANNELS)
-        async_copy.async_copy_global_to_shared(target, pointers, mask=inside)
+        async_copy.async_copy_global_to_shared(target, tile, mask=inside(start, pixels, ROWS64))
 
 
 @gluon.jit
@@ -219,13 +228,11 @@ def backward_tile(
     if RESIDUAL:
         d += g.load(PRODUCT).to(gl.float32)
     out = gl.convert_layout(d.to(NARROW), CHUNKS)
-    rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, CHUNKS))
-    columns = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, CHUNKS))
-    pointers = dx + start.to(gl.int64) * CHANNELS + rows[:, None] * CHANNELS + columns[None, :]
+    tile = pointers(dx + start.to(gl.int64) * CHANNELS, TILE, CHANNELS, CHANNELS, CHUNKS)
     if FULL:
-        gl.store(pointers, out)
+        gl.store(tile, out)
     else:
-        gl.store(pointers, out, mask=(start + rows[:, None] < pixels) & (columns[None, :] < CHANNELS))
+        gl.store(tile, out, mask=inside(start, pixels, CHUNKS))
     sum1, sum2 = warpgroup_mma_wait(0, deps=[sum1, sum2])
     barrier()
     return sum1, sum2
@@ -262,12 +269,8 @@ def store_weights(
     scale2 = scales2.index(0).load(OF_COLUMNS)
     shift2 = along2 * scales2.index(1).load(OF_COLUMNS) * scale2
     out = gl.convert_layout((sum2 * scale2[None, :] - w2 * shift2[None, :]).to(NARROW), CHUNKS)
-    rows = gl.arange(0, HIDDEN, layout=gl.SliceLayout(1, CHUNKS))
-    columns = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, CHUNKS))
-    gl.store(d2 + rows[:, None] * d2_row + columns[None, :], out)
-    rows = gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, ROWS128))
-    columns = gl.arange(0, HIDDEN, layout=gl.SliceLayout(0, ROWS128))
-    gl.store(d1 + rows[:, None] * d1_row + columns[None, :], spare.load(ROWS128))
+    gl.store(pointers(d2, HIDDEN, CHANNELS, d2_row, CHUNKS), out)
+    gl.store(pointers(d1, CHANNELS, HIDDEN, d1_row, ROWS128), spare.load(ROWS128))
 
 
 @gluon.jit(do_not_specialize=["patches", "pixels"])
