@@ -1,4 +1,4 @@
-"""The README keeps its promises: its Python runs, and its shell commands exist."""
+"""The README and its pages keep their promises: their Python runs, their shell commands and links exist."""
 
 import itertools
 import re
@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[1]
-README = CHECKOUT / "README.md"
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "pixnerd_kernels/ops/README.md"]
 
 
 @dataclass(frozen=True)
 class Block:
+    page: str
     language: str
     section: str
     line: int  # of the first line inside the fence
     text: str
 
 
-def blocks(text):
+def blocks(page, text):
     """The fenced blocks, each with the second-level heading that it stands under."""
     found, section, inside, start = [], "top", None, 0
     lines = text.splitlines()
@@ -28,7 +29,7 @@ def blocks(text):
         fence = re.match(r"\s*```(.*)$", line)
         if inside is not None:
             if fence:
-                found.append(Block(inside, section, start + 1, "\n".join(lines[start:number]) + "\n"))
+                found.append(Block(page, inside, section, start + 1, "\n".join(lines[start:number]) + "\n"))
                 inside = None
         elif fence:
             inside, start = fence[1].strip(), number + 1
@@ -37,15 +38,15 @@ def blocks(text):
     return found
 
 
-BLOCKS = blocks(README.read_text()) if README.exists() else []
+BLOCKS = [block for page in PAGES for block in blocks(page, (CHECKOUT / page).read_text())]
 PYTHON = {}
 for block in BLOCKS:
     if block.language == "python":
-        PYTHON.setdefault(block.section, []).append(block)
+        PYTHON.setdefault(f"{block.page}: {block.section}", []).append(block)
 
 
 def commands():
-    """(line, words) of every shell command: continued lines joined, prompts, comments and variables dropped."""
+    """(page:line, words) of every shell command: continued lines joined, prompts, comments and variables dropped."""
     found = []
     for block in BLOCKS:
         if block.language not in ("bash", "sh", "console"):
@@ -60,7 +61,7 @@ def commands():
                     while words and re.fullmatch(r"\w+=.*", words[0]):
                         words.pop(0)
                     if words:
-                        found.append((block.line + offset, words))
+                        found.append((f"{block.page}:{block.line + offset}", words))
                     words = []
                 else:
                     words.append(word)
@@ -68,8 +69,8 @@ def commands():
 
 
 def test_the_readme_shows_python_and_commands():
-    assert PYTHON, "README.md has no python block"
-    assert commands(), "README.md has no shell command"
+    assert any(block.page == "README.md" for block in itertools.chain(*PYTHON.values()))
+    assert any(place.startswith("README.md:") for place, _ in commands())
     assert {block.language for block in BLOCKS} <= {
         "python",
         "bash",
@@ -88,7 +89,7 @@ def test_python_runs(section, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     for block in PYTHON[section]:
-        code = compile("\n" * (block.line - 1) + block.text, str(README), "exec")
+        code = compile("\n" * (block.line - 1) + block.text, block.page, "exec")
         exec(code, names)
 
 
@@ -138,7 +139,7 @@ def check_python(words):
         assert (CHECKOUT / words[0]).exists(), f"no such file: {words[0]}"
 
 
-#: What a command of the README may start with, and how the rest is checked.
+#: What a command of the pages may start with, and how the rest is checked.
 CHECKS = {
     "make": check_make,
     "pixnerd": check_pixnerd,
@@ -152,13 +153,40 @@ CHECKS = {
 
 
 @pytest.mark.parametrize(
-    ("line", "words"), [pytest.param(n, words, id=f"{n}: {shlex.join(words)}") for n, words in commands()]
+    ("place", "words"), [pytest.param(at, words, id=f"{at}: {shlex.join(words)}") for at, words in commands()]
 )
-def test_commands_exist(line, words):
+def test_commands_exist(place, words):
     name = words[0].removeprefix(".venv/bin/")
-    assert name in CHECKS, f"README.md:{line}: unknown command {shlex.join(words)}"
+    assert name in CHECKS, f"{place}: unknown command {shlex.join(words)}"
     if CHECKS[name]:
         CHECKS[name](words[1:])
+
+
+def anchors(text):
+    """The names that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", (CHECKOUT / page).read_text())
+    assert links or page == "CONTRIBUTING.md"
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (CHECKOUT / page).parent / path if path else CHECKOUT / page
+        assert target.exists(), f"{page}: no such file: {link}"
+        assert not anchor or anchor in anchors(target.read_text()), f"{page}: no such heading: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_results_are_named_as_they_are(page):
+    """Folders of results that the text names in code, commands' --out included."""
+    for folder in re.findall(r"(?:benchmarks/)?results/[\w\-./]*\w", (CHECKOUT / page).read_text()):
+        path = CHECKOUT / "benchmarks" / folder.removeprefix("benchmarks/")
+        assert path.exists(), f"{page}: no such results: {folder}"
 
 
 SAMPLE = """# Title
@@ -179,7 +207,7 @@ b = a
 
 
 def test_parsing(monkeypatch):
-    found = blocks(SAMPLE)
+    found = blocks("page", SAMPLE)
     assert [(block.language, block.section, block.line) for block in found] == [
         ("bash", "top", 3),
         ("python", "One", 9),
