@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import model_gpu, provenance
+from benchmarks import model_gpu, model_gpu_tables, provenance
 from benchmarks.baselines.networks import FastRandom
 from benchmarks.baselines.pixnerd import PlainPixNerd
 from benchmarks.files import save
@@ -272,7 +272,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 def _gpu_markdown(document: dict[str, Any]) -> str:
     where = document["provenance"]
-    parts = [model_gpu.markdown(result) for result in document["results"]]
+    parts = [model_gpu_tables.markdown(result) for result in document["results"]]
     note = f"`{where['command']}` on {provenance.summary(where)}."
     return "\n\n".join([*parts, note]) + "\n"
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
-import gc
 import importlib.metadata
-import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import device_time, provenance
@@ -24,7 +20,9 @@ from benchmarks.baselines.pixnerd import PlainPixNerd
 from benchmarks.files import save
 from benchmarks.gpu import gpu
 from benchmarks.halves import halves
+from benchmarks.model_gpu_tables import table
 from benchmarks.model_profile import kernel_table, kernels
+from benchmarks.model_truth import Forward, Truth, clean
 from benchmarks.worker import failure
 from pixnerd_kernels.diffusion.graphs import CompiledVelocity, GraphedVelocity
 from pixnerd_kernels.models import PixNerdConfig
@@ -35,12 +33,6 @@ FORWARDS = ("eager", "ours", "ours-graph", "compile", "compile-graph", "ours-com
 TRAINING = ("eager", "ours", "compile", "ours-compile")
 #: A provider that runs what another prepared, and is left out where that failed.
 _ON_TOP = {"ours-graph": "ours", "compile-graph": "compile"}
-#: The targets: configuration, batch and what is held against the compiled plain model or the matmul.
-_SPEEDUP, _CEILING, _LATENCY = 1.5, 0.55, 2.0
-#: Numbers of each gradient that are compared.
-_COMPARED = 4096
-
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def hand_over(parameters: Iterable[Tensor], gradients: Iterable[Tensor]) -> None:
@@ -118,85 +110,6 @@ class Bench:
         return step
 
 
-class Truth:
-    """The plain model's results in float64, and the error that plain PyTorch's own dtype makes.
-
-    Of a forward two images are compared, the batch's first and last; of a training step the first numbers of every
-    gradient, each parameter's by itself. float64 takes the batch in small parts.
-
-    Attributes:
-        allowed: of a forward, its relative error by the house rule. Of a training step 1, the bound that the rule sets
-            for each parameter, of which `error` tells the largest fraction.
-    """
-
-    def __init__(self, bench: Bench) -> None:
-        setting = self.setting = bench.setting
-        self.bench = bench
-        batch = len(setting.x)
-        self.images = sorted({0, batch - 1})
-        exact = copy.deepcopy(setting.plain).double()
-        if bench.training:
-            self.exact = self._gradients(exact, min(2, batch))
-            plain, part = None, batch
-            while plain is None:
-                try:
-                    plain = self._gradients(setting.plain, part)
-                except torch.OutOfMemoryError:
-                    part //= 2
-                    if not part:
-                        raise
-        else:
-            images = self.images
-            x, t, y = setting.x[images], setting.t[images], setting.y[images]
-            self.exact = [exact(x.double(), t.double(), y)]
-            plain = [setting.plain(x, t, y)]
-        del exact
-        _clean()
-        eps = torch.finfo(setting.x.dtype).eps
-        self.norms = [each.norm().item() for each in self.exact]
-        self.bounds = [
-            2 * error + 4 * eps * norm for error, norm in zip(self._errors(plain), self.norms, strict=True)
-        ]
-        self.allowed = 1.0 if bench.training else self.bounds[0] / self.norms[0]
-
-    def error(self, forward: Forward) -> float:
-        """Of a provider on the whole batch, to be held against `allowed`; not finite where its results are not."""
-        setting = self.setting
-        if not self.bench.training:
-            (error,) = self._errors([forward(setting.x, setting.t, setting.y)[self.images]])
-            return error / self.norms[0]
-        errors = self._errors([_head(g) for g in self.bench.gradients(forward)])
-        # A gradient that is zero in float64 has to be zero.
-        parts = [
-            e / b if b else (0.0 if not e else math.inf) for e, b in zip(errors, self.bounds, strict=True)
-        ]
-        return max(parts, key=lambda part: math.inf if math.isnan(part) else part)
-
-    def _gradients(self, model: nn.Module, part: int) -> list[Tensor]:
-        setting = self.setting
-        total: list[Tensor] = []
-        named = dict(model.named_parameters())
-        parameters = [named[name] for name in setting.parameters]
-        dtype = parameters[0].dtype
-        for at in range(0, len(setting.x), part):
-            x, target = (v[at : at + part].to(dtype) for v in (setting.x, setting.target))
-            t = setting.t[at : at + part].to(torch.promote_types(dtype, setting.t.dtype))
-            difference = model(x, t, setting.y[at : at + part]) - target
-            loss = difference.square().sum() / setting.x.numel()
-            found = [_head(g) for g in torch.autograd.grad(loss, parameters)]
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
-        return total
-
-    def _errors(self, found: Sequence[Tensor]) -> list[float]:
-        """||found - exact|| of each tensor."""
-        return [(out.double() - exact).norm().item() for out, exact in zip(found, self.exact, strict=True)]
-
-
-def _head(gradient: Tensor) -> Tensor:
-    """A copy, so that the rest is not kept."""
-    return gradient.flatten()[:_COMPARED].double().clone()
-
-
 def model_flops(config: PixNerdConfig, size: int, training: bool) -> int:
     """FLOPs of the plain model's matrix products for one image, counted without computing them."""
     with torch.device("meta"):
@@ -269,7 +182,7 @@ def _run(arguments: argparse.Namespace, setting: Any, config: PixNerdConfig) -> 
                 f"{entry['latency_s'] * 1e3:.3f} ms"
             )
         keep()
-        _clean()
+        clean()
     say(f"timing {', '.join(calls)} in {arguments.rounds} rounds")
     try:
         samples = device_time.measure({**calls, "matmul": matmul}, arguments.rounds)
@@ -305,12 +218,6 @@ def _origin() -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
         triton = None
     return {**provenance.collect(sys.argv[1:]), "triton": triton, "gpu": gpu()}
-
-
-def _clean() -> None:
-    gc.collect()
-    with contextlib.suppress(RuntimeError):  # after an illegal access every call to CUDA raises
-        torch.cuda.empty_cache()
 
 
 def _prepare(name: str, bench: Bench, truth: Truth, entry: dict[str, Any]) -> Callable[[], object]:
@@ -374,94 +281,3 @@ def stacks(setting: Any, rounds: int) -> dict[str, dict[str, float]]:
             "pixel head": seconds[f"head, {name}"],
         }
     return found
-
-
-def _conditions(result: dict[str, Any]) -> str:
-    ceiling = result["matmul"].get("flops_per_s")
-    rate = f"; a {result['matmul']['label']} ran at {ceiling / 1e12:.0f} TFLOP/s" if ceiling else ""
-    return (
-        f"{result['config']} ({result['blocks']} blocks), {result['size']}x{result['size']}, batch "
-        f"{result['batch']}, {result['dtype']}, {result['pass']}, {result['flops'] / 1e12:.2f} TFLOP{rate}"
-    )
-
-
-def _cells(result: dict[str, Any], name: str) -> list[str]:
-    entry = result["providers"][name]
-    if "device_s" not in entry:
-        return [name, *[""] * 8, f"{entry['status']}: {entry.get('reason', '')[:160]}"]
-    kernels_of = entry.get("profile", {}).get("kernels")
-    flops = result["flops"] / entry["device_s"]
-    marks = [
-        entry["status"] if entry["status"] != "ok" else "",
-        "" if entry["interleaved"] else "timed alone",
-    ]
-    if entry["ahead"] < 1:
-        marks.append(f"host ahead in {entry['ahead']:.0%} of rounds")
-    return [
-        name,
-        f"{entry['device_s'] * 1e3:.3f} ({entry['device_p20_s'] * 1e3:.3f}-{entry['device_p80_s'] * 1e3:.3f})",
-        f"{flops / 1e12:.1f}",
-        f"{entry['share_of_matmul']:.1%}" if "share_of_matmul" in entry else "-",
-        f"{entry['latency_s'] * 1e3:.3f}",
-        f"{entry['repeated_s'] * 1e3:.3f}",
-        f"{entry['host_s'] * 1e3:.3f}",
-        "-" if kernels_of is None else str(kernels_of),
-        f"{entry['peak'] / 1e6:.0f}",
-        ", ".join(filter(None, marks)),
-    ]
-
-
-_HEAD = (
-    "provider", "device ms (p20-p80)", "TFLOP/s", "of matmul", "latency ms", "back to back ms", "host ms", "kernels",
-    "peak MB", "",
-)  # fmt: skip
-
-
-def table(result: dict[str, Any]) -> str:
-    """For a terminal: the providers, and what the targets say."""
-    rows = [list(_HEAD), *(_cells(result, name) for name in result["providers"])]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    lines = [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-    ]
-    return "\n".join([_conditions(result), *(line.rstrip() for line in lines), *targets(result)])
-
-
-def targets(result: dict[str, Any]) -> list[str]:
-    """Ours against the compiled plain model and the matmul, with the targets where they are for this setting."""
-    lines = []
-    aimed = (result["config"], result["pass"]) == ("XL/16", "forward")
-    many, one = aimed and result["batch"] == 64, aimed and result["batch"] == 1
-    for name, entry in result["providers"].items():
-        if not name.startswith("ours") or "time_of_others" not in entry:
-            continue
-        for other, ratios in entry["time_of_others"].items():
-            if other.startswith("ours"):
-                continue
-            line = f"{name} against {other}: device {ratios['device']:.2f}x, latency {ratios['latency']:.2f}x"
-            line += f", back to back {ratios['repeated']:.2f}x"
-            if other == "compile" and many:
-                line += f" [target: device {_SPEEDUP}x, {_verdict(ratios['device'], _SPEEDUP)}]"
-            if other == "compile" and one:
-                line += f" [target: latency {_LATENCY}x, {_verdict(ratios['latency'], _LATENCY)}]"
-            lines.append(line)
-        if many:
-            share = entry["share_of_matmul"]
-            lines.append(
-                f"{name}: {share:.1%} of the matmul [target: {_CEILING:.0%}, {_verdict(share, _CEILING)}]"
-            )
-    return lines
-
-
-def _verdict(value: float, target: float) -> str:
-    return "met" if value >= target else "missed"
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """One result as a Markdown table under its conditions."""
-    lines = ["| " + " | ".join(_HEAD) + " |", "|---|" + "---:|" * (len(_HEAD) - 2) + "---|"]
-    lines += ["| " + " | ".join(_cells(result, name)) + " |" for name in result["providers"]]
-    parts = [_conditions(result) + ".", "\n".join(lines)]
-    if found := targets(result):
-        parts.append("\n\n".join(found))
-    return "\n\n".join(parts)

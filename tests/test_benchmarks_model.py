@@ -8,7 +8,7 @@ import made_up_gpu
 import pytest
 import torch
 
-from benchmarks import device_time, model, model_gpu
+from benchmarks import device_time, model, model_gpu, model_gpu_tables
 from benchmarks.__main__ import main
 from benchmarks.model_profile import kernel_kind, kernel_rows, kernel_table, launches, profile
 from pixnerd_kernels.diffusion import graphs
@@ -209,11 +209,11 @@ def test_targets_are_told():
     ratios = {"device": 1.6, "latency": 1.9, "repeated": 1.0}
     entry = {"time_of_others": {"compile": ratios}, "share_of_matmul": 0.5}
     result = {"config": "XL/16", "pass": "forward", "batch": 64, "providers": {"ours": entry}}
-    text = "\n".join(model_gpu.targets(result))
+    text = "\n".join(model_gpu_tables.targets(result))
     assert "device 1.60x" in text
     assert "target: device 1.5x, met" in text
     assert "target: 55%, missed" in text
-    text = "\n".join(model_gpu.targets({**result, "batch": 1}))
+    text = "\n".join(model_gpu_tables.targets({**result, "batch": 1}))
     assert "target: latency 2.0x, missed" in text
     assert "device 1.5x" not in text
 

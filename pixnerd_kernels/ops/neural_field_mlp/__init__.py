@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pixnerd_kernels import backends
-from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
@@ -25,46 +24,31 @@ from pixnerd_kernels.ops.library import (
 )
 from pixnerd_kernels.ops.native import fresh
 from pixnerd_kernels.ops.neural_field_mlp import reference
+from pixnerd_kernels.ops.neural_field_mlp.arguments import (
+    ACTIVATIONS,
+    WEIGHTS,
+    FieldParams,
+    check,
+    check_packed,
+    matrices,
+    option_key,
+    split_params,
+)
 
-ACTIVATIONS = ("silu", "gelu", "relu")
-WEIGHTS = ("w1", "w2", "w_gate")
+__all__ = [
+    "ACTIVATIONS",
+    "WEIGHTS",
+    "FieldParams",
+    "neural_field_mlp",
+    "neural_field_mlp_packed",
+    "select_backend",
+    "split_params",
+]
 
 #: Channels that a Triton program keeps on the chip at most; beyond, CUDA tensors run on the reference.
 TRITON_CHANNELS = 256
 
 _passed, _packed_passed = Passed(), Passed()
-
-
-class FieldParams(NamedTuple):
-    """Generated weights of N neural fields, as views into one packed tensor.
-
-    w1 [N, D1, D2], w2 [N, D2, D1], w_gate [N, D1, D2] or None.
-    """
-
-    w1: Tensor
-    w2: Tensor
-    w_gate: Tensor | None
-
-
-def split_params(params: Tensor, channels: int, hidden: int, gated: bool = False) -> FieldParams:
-    """Views of the matrices in a packed parameter tensor, as the generating linear layer writes it.
-
-    Args:
-        params: [N, 2 * channels * hidden], or [N, 3 * channels * hidden] when gated. The packed order is w1, w2,
-            and for gated blocks w_gate, w1, w2.
-        channels: D1. hidden: D2.
-
-    Raises:
-        TypeError, ValueError: every problem with the arguments at once.
-    """
-    problems = Problems("split_params")
-    readable = problems.tensor("params", params, 2, "[N, parameters]")
-    sizes = [problems.count("channels", channels), problems.count("hidden", hidden)]
-    _check_flag(problems, "gated", gated)
-    if readable and all(sizes):
-        _check_packed_width(problems, params, channels, hidden, gated)
-    problems.raise_if_any()
-    return _split(params, channels, hidden, gated)
 
 
 def neural_field_mlp(
@@ -113,9 +97,9 @@ def neural_field_mlp(
     """
     x, w1, w2, w_gate = autocast(x, w1, w2, w_gate)
     if direct := plain(x, w1, w2, w_gate, norm_weight):
-        direct += _option_key(normalize, activation, residual, norm_eps, weight_eps)
+        direct += option_key(normalize, activation, residual, norm_eps, weight_eps)
     options = (normalize, activation, residual, norm_eps, weight_eps)
-    _passed.check(direct, _check, x, w1, w2, w_gate, norm_weight, *options)
+    _passed.check(direct, check, x, w1, w2, w_gate, norm_weight, *options)
     flags = [name in normalize for name in WEIGHTS]
     arguments = (
         x,
@@ -133,32 +117,6 @@ def neural_field_mlp(
         "neural_field_mlp", direct, _NeuralFieldMLP, _forward, *arguments, backends.forced_backend()
     )
     return out
-
-
-def _check(
-    x: Any, w1: Any, w2: Any, w_gate: Any, norm_weight: Any,
-    normalize: Any, activation: Any, residual: Any, norm_eps: Any, weight_eps: Any,
-) -> None:  # fmt: skip
-    problems = Problems("neural_field_mlp")
-    others = [("w1", w1), ("w2", w2)] + ([] if w_gate is None else [("w_gate", w_gate)])
-    readable = problems.tensor("x", x, 3, "[N, S, D1]")
-    readable &= problems.tensor("w1", w1, 3, "[N, D1, D2]")
-    readable &= problems.tensor("w2", w2, 3, "[N, D2, D1]")
-    if w_gate is not None:
-        readable &= problems.tensor("w_gate", w_gate, 3, "[N, D1, D2]")
-    if readable:
-        patches, _, channels = x.shape
-        hidden = w1.shape[2]
-        for name, weight in others:
-            expected = (patches, hidden, channels) if name == "w2" else (patches, channels, hidden)
-            if tuple(weight.shape) != expected:
-                problems.add(name, f"the shape {list(expected)} that fits x and w1", weight)
-        if hidden == 0:
-            problems.add("w1", "at least one hidden unit", w1)
-    problems.same_dtype("x", x, others)
-    problems.same_device("x", x, [*others, ("norm_weight", norm_weight)])
-    _check_options(problems, x, norm_weight, normalize, activation, residual, norm_eps, weight_eps)
-    problems.raise_if_any()
 
 
 def neural_field_mlp_packed(
@@ -191,10 +149,10 @@ def neural_field_mlp_packed(
     """
     x, params = autocast(x, params)
     if direct := plain(x, params, norm_weight):
-        direct += _option_key(normalize, activation, residual, norm_eps, weight_eps)
+        direct += option_key(normalize, activation, residual, norm_eps, weight_eps)
         direct += (type(hidden), hidden, type(gated), gated)
     options = (normalize, activation, residual, norm_eps, weight_eps)
-    _packed_passed.check(direct, _check_packed, x, params, hidden, gated, norm_weight, *options)
+    _packed_passed.check(direct, check_packed, x, params, hidden, gated, norm_weight, *options)
     flags = [name in normalize for name in WEIGHTS]
     arguments = (
         x,
@@ -217,96 +175,6 @@ def neural_field_mlp_packed(
         backends.forced_backend(),
     )
     return out
-
-
-def _check_packed(
-    x: Any, params: Any, hidden: Any, gated: Any, norm_weight: Any,
-    normalize: Any, activation: Any, residual: Any, norm_eps: Any, weight_eps: Any,
-) -> None:  # fmt: skip
-    problems = Problems("neural_field_mlp_packed")
-    readable = problems.tensor("x", x, 3, "[N, S, D1]")
-    readable &= problems.tensor("params", params, 2, "[N, parameters]")
-    readable &= problems.count("hidden", hidden)
-    _check_flag(problems, "gated", gated)
-    if readable:
-        if params.shape[0] != x.shape[0]:
-            problems.add("params", f"{x.shape[0]} rows, one for each patch of x", params)
-        _check_packed_width(problems, params, x.shape[2], hidden, gated)
-    problems.same_dtype("x", x, [("params", params)])
-    problems.same_device("x", x, [("params", params), ("norm_weight", norm_weight)])
-    _check_options(problems, x, norm_weight, normalize, activation, residual, norm_eps, weight_eps)
-    problems.raise_if_any()
-
-
-def _option_key(
-    normalize: Sequence[str], activation: str, residual: bool, norm_eps: float, weight_eps: float
-) -> tuple[Any, ...]:
-    """What the checks of the options depend on."""
-    names = tuple(normalize) if type(normalize) is list else normalize
-    return names, activation, type(residual), residual, type(norm_eps), norm_eps, type(weight_eps), weight_eps
-
-
-def _check_flag(problems: Problems, argument: str, value: object) -> None:
-    if not isinstance(value, bool):
-        problems.add_type(argument, "True or False", value)
-
-
-def _check_packed_width(problems: Problems, params: Tensor, channels: int, hidden: int, gated: bool) -> None:
-    matrices = 3 if gated else 2
-    if params.shape[1] != matrices * channels * hidden:
-        expected = f"{matrices} * {channels} * {hidden} = {matrices * channels * hidden} columns"
-        problems.add("params", expected, params)
-
-
-def _check_options(
-    problems: Problems,
-    x: object,
-    norm_weight: object,
-    normalize: Sequence[str],
-    activation: str,
-    residual: bool,
-    norm_eps: float,
-    weight_eps: float,
-) -> None:
-    """Check what both public functions share."""
-    if norm_weight is not None and problems.tensor("norm_weight", norm_weight, 1, "[D1]"):
-        assert isinstance(norm_weight, Tensor)
-        if isinstance(x, Tensor) and x.dim() == 3 and norm_weight.shape[0] != x.shape[2]:
-            problems.add("norm_weight", f"[{x.shape[2]}], one weight for each channel of x", norm_weight)
-    if isinstance(x, Tensor) and x.dim() == 3 and x.shape[2] == 0:
-        problems.add("x", "at least one channel", x)
-    problems.choice("activation", activation, ACTIVATIONS)
-    if isinstance(normalize, str) or not isinstance(normalize, Sequence):
-        problems.add_type("normalize", "a sequence of names out of " + ", ".join(WEIGHTS), normalize)
-        normalize = ()
-    for name in normalize:
-        problems.choice("normalize", name, WEIGHTS)
-    _check_flag(problems, "residual", residual)
-    problems.number("norm_eps", norm_eps)
-    problems.number("weight_eps", weight_eps)
-
-
-def _split(params: Tensor, channels: int, hidden: int, gated: bool) -> FieldParams:
-    patches, size = params.shape[0], channels * hidden
-    w_gate = None
-    if gated:
-        w_gate = params[:, :size].view(patches, channels, hidden)
-        params = params[:, size:]
-    w1 = params[:, :size].view(patches, channels, hidden)
-    return FieldParams(w1, params[:, size : 2 * size].view(patches, hidden, channels), w_gate)
-
-
-def _matrices(params: Tensor, channels: int, hidden: int, gated: bool) -> list[Tensor | None]:
-    """`_split` below autograd: w1, w2, w_gate with one operation for each and not two."""
-    (row, step), start = params.stride(), params.storage_offset()
-    size = channels * hidden
-    wide, high = (params.shape[0], channels, hidden), (params.shape[0], hidden, channels)
-    first = size * step if gated else 0
-    return [
-        params.as_strided(wide, (row, hidden * step, step), start + first),
-        params.as_strided(high, (row, channels * step, step), start + first + size * step),
-        params.as_strided(wide, (row, hidden * step, step), start) if gated else None,
-    ]
 
 
 def select_backend(op: str, x: Tensor, channels: int, forced: str) -> str:
@@ -355,14 +223,14 @@ def _backward(grad, x, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _packed_forward(x, params, norm_weight, hidden, gated, *options):  # type: ignore[no-untyped-def]
-    return _forward(x, *_matrices(params, x.shape[2], hidden, gated), norm_weight, *options)
+    return _forward(x, *matrices(params, x.shape[2], hidden, gated), norm_weight, *options)
 
 
 def _packed_gradients(grad, x, params, norm_weight, hidden, gated, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
     *options, forced = options
     d_params = fresh(_empty(params)) if need_weights else None
-    targets = [None] * 3 if d_params is None else _matrices(d_params, x.shape[2], hidden, gated)
-    weights = _matrices(params, x.shape[2], hidden, gated)
+    targets = [None] * 3 if d_params is None else matrices(d_params, x.shape[2], hidden, gated)
+    weights = matrices(params, x.shape[2], hidden, gated)
     dx, d_norm = _run_backward(grad, x, weights, norm_weight, need_x, targets, options, forced)
     return dx, d_params, d_norm
 
