@@ -24,7 +24,7 @@ from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, ch
 from pixnerd_kernels.ops.pixel_decoder import reference
 from pixnerd_kernels.ops.pixel_decoder.chunks import Call
 from pixnerd_kernels.ops.pixel_decoder.reference import generate, hidden_gradient, weight_gradient
-from pixnerd_kernels.ops.pixel_decoder.triton import kernels
+from pixnerd_kernels.ops.pixel_decoder.triton import ends, kernels
 
 __all__ = [
     "at_once", "backward", "columns_of_ones", "forward", "generate", "hidden_gradient", "weight_gradient",
@@ -178,7 +178,7 @@ def backward(
         shared: dict[str, Any] = {**_shared(call, first + begin), "patches": end - begin, "TILE": tile}
         _run_blocks(call, generated[:, begin:end], first + begin, end - begin, kept, None)
         launch(
-            kernels.pixel_decoder_output_grad, (tiles, output_groups), device, Options(),
+            ends.pixel_decoder_output_grad, (tiles, output_groups), device, Options(),
             **shared, **_strides("grad", grad), **_output(call), last=dx, partial=output, TOGETHER=output_together,
             NEED_SHARED=some,
         )  # fmt: skip
@@ -191,7 +191,7 @@ def backward(
                 dx, norms[block, begin:end], dx, kept[block], *weights, call.small.norms[block], targets, *options
             )  # fmt: skip
         launch(
-            kernels.pixel_decoder_input_grad, (tiles, input_groups), device, Options(),
+            ends.pixel_decoder_input_grad, (tiles, input_groups), device, Options(),
             **shared, **_strides("image", call.image), dx=dx, pixel_weight=call.small.pixel_weight,
             d_image=call.image if d_image is None else d_image, table_sum=table, partial=pixel_weight,
             INPUTS=inputs, TOGETHER=input_together, NEED_IMAGE=d_image is not None, NEED_SHARED=some,
