@@ -83,7 +83,7 @@ def load_official(
     Args:
         path_or_state_dict: a Lightning checkpoint (its averaged weights, prefix ``ema_denoiser.``, are taken;
             without those ``denoiser.``), a file of a bare state dict (torch.save or .safetensors), or a state
-            dict.
+            dict. What torch.compile and DistributedDataParallel put into names is taken out of them.
         config: the official constructor's arguments. The shapes determine all of them, so this is a check.
         variant: "c2i", "t2i", "t2i_heavydecoder" or "auto". The two text-to-image models have the same keys
             and shapes, but other coordinates unless patches have 16 pixels; for those "auto" is refused.
@@ -128,7 +128,7 @@ def _denoiser(content: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
     content = inner if isinstance(inner, Mapping) else content
     if strangers := [repr(key) for key in content if not isinstance(key, str)]:
         raise ValueError(f"{source}: expected tensors by name, got the keys {names(strangers)}")
-    named = {str(key): value for key, value in content.items()}
+    named = {re.sub(r"(^|\.)((_orig_mod|module)\.)+", r"\1", key): value for key, value in content.items()}
     for prefix in ("ema_denoiser.", "denoiser."):
         chosen = {key[len(prefix) :]: value for key, value in named.items() if key.startswith(prefix)}
         if chosen:

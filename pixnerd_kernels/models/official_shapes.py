@@ -68,6 +68,7 @@ def infer(state: Mapping[str, Tensor], variant: str, source: str) -> PixNerdConf
         "in_channels": in_channels,
         "max_freqs": math.isqrt(max(state["x_embedder.embedder.0.weight"].shape[1] - in_channels, 0)),
     }
+    extent = 0.0 if found == "class-to-image" else _extent(variant, sizes["patch_size"], source)
     try:
         if found == "class-to-image":
             return PixNerdConfig(**sizes, num_classes=len(state["y_embedder.embedding_table.weight"]) - 1)
@@ -76,7 +77,7 @@ def infer(state: Mapping[str, Tensor], variant: str, source: str) -> PixNerdConf
             num_text_blocks=_count(state, r"text_refine_blocks\.(\d+)\..+"),
             text_tokens=state["y_pos_embedding"].shape[1],
             text_width=state["y_embedder.proj.weight"].shape[1],
-            extent=_extent(variant, sizes["patch_size"], source),
+            extent=extent,
         )
     except ValueError as error:
         raise ValueError(f"{source}: the shapes do not make a {found} model: {error}") from error

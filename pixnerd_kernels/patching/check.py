@@ -26,18 +26,19 @@ Sample = tuple[str, nn.Module, dict[str, Any]]
 
 def _official(load: Callable[[str], ModuleType]) -> Iterator[Sample]:
     """MCG-NJU/PixNerd and its forks."""
-    x, t = torch.randn(2, 3, 32, 48), torch.rand(2)
-    model = load("src.models.transformer.pixnerd_c2i").PixNerDiT(
-        in_channels=3, num_groups=4, hidden_size=32, hidden_size_x=16, nerf_mlpratio=2, num_blocks=4,
-        num_cond_blocks=2, patch_size=8, num_classes=10,
-    )  # fmt: skip
-    yield "class-to-image", model, {"x": x, "t": t, "y": torch.tensor([1, 10])}
-    for name in ("pixnerd_t2i", "pixnerd_t2i_heavydecoder"):
-        model = load(f"src.models.transformer.{name}").PixNerDiT(
-            in_channels=3, num_groups=4, hidden_size=32, decoder_hidden_size=16, num_encoder_blocks=2,
-            num_decoder_blocks=2, num_text_blocks=1, patch_size=8, txt_embed_dim=24, txt_max_length=7,
-        )  # fmt: skip
-        yield name, model, {"x": x, "t": t, "y": torch.randn(2, 7, 24)}
+    for size in (8, 16):
+        x, t = torch.randn(2, 3, 2 * size, 3 * size), torch.rand(2)
+        shared = {"in_channels": 3, "num_groups": 4, "hidden_size": 32, "patch_size": size}
+        model = load("src.models.transformer.pixnerd_c2i").PixNerDiT(
+            **shared, hidden_size_x=16, nerf_mlpratio=2, num_blocks=4, num_cond_blocks=2, num_classes=10
+        )
+        yield f"class-to-image, patches of {size}", model, {"x": x, "t": t, "y": torch.tensor([1, 10])}
+        for name in ("pixnerd_t2i", "pixnerd_t2i_heavydecoder"):
+            model = load(f"src.models.transformer.{name}").PixNerDiT(
+                **shared, decoder_hidden_size=16, num_encoder_blocks=2, num_decoder_blocks=2, num_text_blocks=1,
+                txt_embed_dim=24, txt_max_length=7,
+            )  # fmt: skip
+            yield f"{name}, patches of {size}", model, {"x": x, "t": t, "y": torch.randn(2, 7, 24)}
 
 
 def _flow(load: Callable[[str], ModuleType]) -> Iterator[Sample]:

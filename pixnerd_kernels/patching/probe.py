@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class Candidate:
         children: names of the children whose results the formulas use.
         dtype_from: the parameter whose dtype the probe takes.
         opaque: the children whose results are taken as given, and whose inputs are compared as results.
+        settings: attributes of the module's for the time of the probe, in place of its own.
         boundary: an opaque child behind which the formulas begin: what leads to it is the module's own in the
             replacement too, and has to give it the same input.
         method: the method that is called and replaced.
@@ -71,6 +72,7 @@ class Candidate:
     opaque: tuple[str, ...] = ()
     boundary: str = ""
     method: str = "forward"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,12 @@ def _call(
     module: nn.Module, candidate: Candidate, inputs: Inputs, call: Callable, given: Results | None = None
 ) -> _Run:
     seen: Results = {}
-    with _watch(module, candidate, seen, given or {}):
+    device = next(module.parameters()).device
+    # The same random numbers in every call: an adapter inside may drop some of its input.
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        _watch(module, candidate, seen, given or {}),
+    ):
         out = call(module, *inputs.values())
     tensors = {name: tensor for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
     results = {
@@ -271,12 +278,13 @@ def verify(module: nn.Module, candidate: Candidate) -> Verdict:
         for tensor in inputs.values():
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 tensor.requires_grad_(gradients)
-        verdict = _tried(module, candidate, inputs, generator)
-        if verdict.form is None:
-            return verdict
-        known = replace(candidate, forms=(verdict.form,))
-        with _other_mode(module) as mode:
-            other = _tried(module, known, inputs, generator)
+        with _set(module, candidate.settings):
+            verdict = _tried(module, candidate, inputs, generator)
+            if verdict.form is None:
+                return verdict
+            known = replace(candidate, forms=(verdict.form,))
+            with _other_mode(module) as mode:
+                other = _tried(module, known, inputs, generator)
         if other.form is None:
             return replace(other, reason=f"in {mode} mode {other.reason}")
         return verdict
@@ -288,6 +296,19 @@ def _tried(module: nn.Module, candidate: Candidate, inputs: Inputs, generator: t
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         return Verdict(None, f"it raised on the probe: {type(error).__name__}: {first}")
+
+
+@contextlib.contextmanager
+def _set(module: nn.Module, settings: Mapping[str, Any]) -> Iterator[None]:
+    """The module with these values of its own attributes, and afterwards as it was."""
+    before = {name: getattr(module, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 @contextlib.contextmanager

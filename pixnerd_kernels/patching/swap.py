@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,16 @@ class Replacement:
     def accepts(self, module: Any, *args: Any) -> bool:
         """Whether `run` takes this call; what it does not take goes to the original method."""
         return True
+
+
+def special(tensor: object) -> bool:
+    """Whether a tensor is of a class with rules of its own (quantised, distributed), which the ops do not know.
+
+    PyTorch's stand-ins while it traces a graph are like the tensors that they stand for.
+    """
+    kind = type(tensor)
+    ordinary = kind in (Tensor, nn.Parameter) or not isinstance(tensor, Tensor)
+    return not ordinary and not kind.__module__.startswith("torch._subclasses")
 
 
 #: Subclasses by original class and replacement: blocks that are alike share one, and one compiled graph.
@@ -62,7 +72,8 @@ def patched_class(original: type, replacement: Replacement) -> type:
                 if name not in kwargs:
                     break
                 given = (*given, kwargs[name])
-            if len(given) == len(args) + len(kwargs) and replacement.accepts(self, *given):
+            known = len(given) == len(args) + len(kwargs) and not any(map(special, given))
+            if known and replacement.accepts(self, *given):
                 return replacement.run(self, *given)
             return method(self, *args, **kwargs)
 

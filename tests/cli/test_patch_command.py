@@ -26,7 +26,8 @@ def checkout(tmp_path, monkeypatch, threads):
 def test_a_checkout_passes(checkout, capsys):
     assert main(["patch", "--check", str(checkout), "--kind", "official"]) == 0
     out = capsys.readouterr().out
-    assert out.count("restored bit for bit: ok") == 3
+    assert out.count("restored bit for bit: ok") == 6
+    assert out.count(" pixel_decoder ") == out.count(", 0 left, ") == 6
     assert "replaced: w1, w2 normalised" in out
     assert "src" not in sys.modules
     assert str(checkout) not in sys.path
@@ -35,7 +36,7 @@ def test_a_checkout_passes(checkout, capsys):
 def test_json(checkout, capsys):
     assert main(["patch", "--check", str(checkout), "--kind", "official", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
-    assert results[0]["label"] == "class-to-image"
+    assert results[0]["label"] == "class-to-image, patches of 8"
     assert all(result["passed"] and result["report"]["entries"] for result in results)
 
 
@@ -44,7 +45,7 @@ def test_a_model_with_nothing_to_replace_fails(checkout, capsys):
     file.write_text(
         "import torch\n"
         "class PixNerDiT(torch.nn.Linear):\n"
-        "    def __init__(self, **options): super().__init__(48, 1)\n"
+        "    def __init__(self, patch_size, **options): super().__init__(3 * patch_size, 1)\n"
         "    def forward(self, x, t, y): return super().forward(x)\n"
     )
     assert main(["patch", "--check", str(checkout), "--kind", "official"]) == 1

@@ -61,6 +61,14 @@ def test_every_container_loads(state, tmp_path, kind):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "ema_denoiser._orig_mod."])
+def test_wrappers_leave_no_trace_in_names(state, prefix):
+    wrapped = {
+        prefix + key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in state.items()
+    }
+    assert_same(models.load_official(wrapped), state)
+
+
 def test_loading_copies_and_keeps_the_dtype(state):
     half = {key: value.bfloat16() for key, value in state.items()}
     model = models.load_official(half)
@@ -166,7 +174,7 @@ def test_text_to_image_checkpoints_come_back(text_state, tmp_path, variant, exte
 
 def test_a_variant_is_needed_where_it_makes_a_difference(state, text_state):
     with pytest.raises(
-        ValueError, match=r"variant: expected 't2i' or 't2i_heavydecoder' .* patches of 8 pixels"
+        ValueError, match=r"^state dict: variant: expected 't2i' or 't2i_heavydecoder' .* patches of 8 pixels"
     ):
         models.load_official(text_state)
     at_16 = {**text_state, "s_embedder.proj.weight": torch.randn(32, 3 * 16 * 16)}

@@ -8,7 +8,8 @@ import pytest
 import recorded
 import torch
 import torch.distributed as dist
-from blocks import block, call, made, the_field
+from blocks import FIELD, block, call, made, the_field
+from tolerance import relative
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -246,6 +247,77 @@ def test_lora_around_the_generating_layer():
     module.param_generator1[0] = Adapted(module.param_generator1[0])
     twin.param_generator1[0] = copy.deepcopy(module.param_generator1[0])
     torch.testing.assert_close(call(module), call(twin))
+
+
+class Adapter(nn.Module):
+    """As peft and its like: around a layer, and with its sizes. In training it drops some of its input."""
+
+    def __init__(self, base, dropout=0.0):
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base, self.dropout = base, nn.Dropout(dropout)
+        self.down, self.up = nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(self.dropout(x)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("training", [False, True])
+def test_adapters_that_were_there_before(dropout, training, core_calls):
+    """The modules around them are patched, and call them; the whole head, which reads weights, says what it met."""
+    models = []
+    for _ in range(2):
+        model = recorded.model("c2i_tiny").train(training)
+        torch.manual_seed(3)
+        for name, layer in list(model.named_modules()):
+            if name.startswith("blocks.") and isinstance(layer, nn.Linear):
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, Adapter(layer, dropout).train(training))
+        models.append(model)
+    model, twin = models
+    report = pk.patch(model)
+    kinds = {"neural_field_mlp_packed", "swiglu", "qk_norm_rope", "gated_residual_rms_norm"}
+    assert {entry.op for entry in report.replaced} >= kinds, str(report)
+    assert [entry.op for entry in report.left] == ["pixel_decoder"], str(report)
+    assert "are or hold Adapter" in report.left[0].reason
+    core_calls.clear()
+    outs = []
+    for each in (model, twin):
+        torch.manual_seed(4)
+        outs.append(each(*recorded.inputs("c2i_tiny").values()))
+        outs[-1].square().sum().backward()
+    assert core_calls["neural_field_mlp_forward"] > 0
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert relative(ours.grad, theirs.grad) < 1e-4
+
+
+def test_inputs_of_a_class_of_their_own(core_calls):
+    """Distributed tensors, say: the module's own code knows what to do with them."""
+
+    class Marked(torch.Tensor):
+        pass
+
+    module, twin = block(), block()
+    pk.patch(module)
+    core_calls.clear()
+    x, s = made()
+    out = module(x.as_subclass(Marked), s)
+    assert type(out) is Marked
+    assert torch.equal(out, twin(x.as_subclass(Marked), s))
+    assert core_calls.total() == 0
+
+
+def test_hidden_states_of_another_rank(core_calls):
+    """[N, 1, D] in place of [N, D]: the formula allows it, the op does not."""
+    module, twin = block(), block()
+    pk.patch(module, ops=FIELD)
+    core_calls.clear()
+    x, s = made()
+    assert torch.equal(module(x, s[:, None]), twin(x, s[:, None]))
+    assert core_calls["neural_field_mlp_forward"] == 0
 
 
 def test_autocast():

@@ -3,6 +3,7 @@
 import foreign
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerance import relative
 from torch import nn
 
@@ -116,10 +117,65 @@ def test_calls_that_the_op_does_not_take_go_to_the_module(decoded):
     assert torch.equal(model(*made()), twin(*made()))
     assert ran == [1]
     handle.remove()
-    for each in (model, twin):
-        each.nerf_blocks[0].param_generator.weight_function = [lambda w: w.flip(0)]
-    assert torch.equal(model(*made()), twin(*made()))
+    for child, name in (
+        ("nerf_blocks.0.param_generator", "weight_function"),
+        ("nerf_blocks.0.param_generator", "bias_function"),
+        ("nerf_image_embedder.embedder.0", "bias_function"),
+    ):
+        without = twin(*made())
+        for each in (model, twin):
+            setattr(each.get_submodule(child), name, [lambda w: w.flip(0)])
+        assert not torch.equal(twin(*made()), without)
+        assert torch.equal(model(*made()), twin(*made()))
+        for each in (model, twin):
+            setattr(each.get_submodule(child), name, [])
     assert decoded == []
+    torch.testing.assert_close(model(*made()), twin(*made()))
+    assert decoded == [1]
+
+
+class Packed(torch.Tensor):
+    """Stands for a quantised weight: an ordinary dtype, and no memory that a kernel could read."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function not in (F.linear, torch.Tensor.data_ptr):
+            return super().__torch_function__(function, types, args, kwargs)
+        plain = [arg.as_subclass(torch.Tensor) if isinstance(arg, Packed) else arg for arg in args]
+        return function(*plain, **kwargs or {})
+
+
+def pack(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
+
+
+@pytest.mark.parametrize("family", ["official", "radiance"])
+def test_weights_of_a_class_of_their_own(family, decoded, decoded_officially):
+    """Quantised before the patch: left and said so. After it: the module's own code runs."""
+
+    def build():
+        return official() if family == "official" else radiance()
+
+    def layer(model):
+        return (
+            model.blocks[2].param_generator1[0]
+            if family == "official"
+            else model.nerf_blocks[0].param_generator
+        )
+
+    model, twin = build(), build()
+    values = given(twin) if family == "official" else made()
+    pack(layer(model))
+    entry = head(pk.patch(model, ops=HEAD))
+    assert entry.status == "left"
+    assert "its generating layers are or hold Packed" in entry.reason
+    model = build()
+    assert head(pk.patch(model, ops=HEAD)).status == "replaced"
+    decoded.clear()
+    decoded_officially.clear()
+    pack(layer(model))
+    torch.testing.assert_close(model(*values), twin(*values), rtol=1e-4, atol=1e-5)
+    assert decoded == decoded_officially == []
 
 
 def test_gradients_flow(decoded):
@@ -147,7 +203,8 @@ def official(cls=foreign.PixNerDiT, **options):
 
 def given(model, dtype=torch.float32):
     generator = torch.Generator().manual_seed(9)
-    x, t = torch.randn(2, 3, 16, 24, generator=generator), torch.rand(2, generator=generator)
+    size = model.patch_size
+    x, t = torch.randn(2, 3, 2 * size, 3 * size, generator=generator), torch.rand(2, generator=generator)
     y = (
         torch.tensor([1, 10])
         if isinstance(model, foreign.PixNerDiT)
@@ -166,11 +223,21 @@ def decoded_officially(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("cls", [foreign.PixNerDiT, foreign.TextPixNerDiT, foreign.HeavyPixNerDiT])
-def test_official_heads(cls, decoded_officially):
-    model, twin = official(cls), official(cls)
+@pytest.mark.parametrize(
+    ("cls", "size"),
+    [
+        (foreign.PixNerDiT, 8), (foreign.PixNerDiT, 16), (foreign.TextPixNerDiT, 8), (foreign.TextPixNerDiT, 16),
+        (foreign.HeavyPixNerDiT, 8), (foreign.HeavyPixNerDiT, 16),
+    ],
+)  # fmt: skip
+def test_official_heads(cls, size, decoded_officially):
+    """At 16 x 16 pixels a patch, the published size, both text-to-image models have the same coordinates."""
+    model, twin = (official(cls, patch_size=size) for _ in range(2))
     report = pk.patch(model, ops=HEAD)
     assert head(report).status == "replaced", head(report).reason
+    if cls is foreign.HeavyPixNerDiT:
+        assert head(report).form == "w1 normalised, encoding rope over 16"
+        assert model.decoder_patch_scaling_h == twin.decoder_patch_scaling_h
     decoded_officially.clear()
     torch.testing.assert_close(model(*given(twin)), twin(*given(twin)), rtol=1e-4, atol=1e-5)
     assert decoded_officially == [1]

@@ -35,6 +35,7 @@ MODULES = {
     "norm": (NORM, foreign.RMSNorm, (32,), ("x",)),
     "scale norm": (NORM, foreign.ScaleNorm, (32,), ("x",)),
     "torch's norm": (NORM, nn.RMSNorm, (32, 1e-6), ("x",)),
+    "torch's norm with its own eps": (NORM, nn.RMSNorm, (32,), ("x",)),
     "mlp": (MLP, foreign.FeedForward, (32, 96), ("x",)),
     "packed mlp": (MLP, foreign.PackedFeedForward, (32, 64), ("x",)),
     "attention": (ATTENTION, foreign.RAttention, (32, 4), ("x", "pos", "mask")),
@@ -68,6 +69,22 @@ def test_replaced_and_within_the_tolerance(what, dtype, core_calls):
     assert_within({"out": out}, {"out": plain}, {"out": exact})
     report.unpatch()
     assert torch.equal(module(*given), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_norm_that_leaves_its_eps_to_torch(dtype):
+    """Rows as small as that eps, and a model that changes its dtype after the patch."""
+    module = made(nn.RMSNorm, 32).to(dtype)
+    assert entry_of(pk.patch(module), NORM).status == "replaced"
+    for when in (dtype, torch.float32):
+        module.to(when)
+        x = values("x")[0] * torch.logspace(-6, 0, 6)[:, None]
+        x = x.to(when)
+        plain = nn.RMSNorm.forward(module, x)
+        eps = torch.finfo(when).eps if plain.dtype.itemsize > 2 else 2.0**-23
+        exact = F.rms_norm(x.double(), (32,), module.weight.double(), eps)
+        assert_within({"out": module(x)}, {"out": plain}, {"out": exact})
+        torch.testing.assert_close(module(x)[:, :2], plain[:, :2])  # the smallest, by themselves
 
 
 class PlusOneNorm(foreign.RMSNorm):

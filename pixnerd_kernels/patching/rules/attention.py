@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnerd_kernels.ops.attention import attention
 from pixnerd_kernels.ops.qk_norm_rope import qk_norm_rope
-from pixnerd_kernels.patching.probe import Candidate, Form, Inputs
+from pixnerd_kernels.patching.probe import Candidate, Form, Formula, Inputs, probe_dtype
 from pixnerd_kernels.patching.rules.base import (
     Left,
+    acts_as_linear,
+    eps_at,
+    first_parameter,
     inert,
-    is_linear,
     norm_eps,
     norm_weight,
     observed,
@@ -46,7 +46,7 @@ class QKNormAttention(Replacement):
     kv: str
     norms: tuple[str, str]
     weights: tuple[str, str]
-    eps: float
+    eps: float | None
     proj: str
     heads: int
 
@@ -66,7 +66,7 @@ class QKNormAttention(Replacement):
         rope = torch.view_as_real(given["pos"]) if "pos" in given else None
         q_weight = getattr(getattr(module, self.norms[0]), self.weights[0])
         k_weight = getattr(getattr(module, self.norms[1]), self.weights[1])
-        q, k, v = qk_norm_rope(qkv, q_weight, k_weight, rope, kv, self.eps)
+        q, k, v = qk_norm_rope(qkv, q_weight, k_weight, rope, kv, eps_at(self.eps, qkv.dtype))
         out: Tensor = getattr(module, self.proj)(attention(q, k, v).flatten(2))
         return out
 
@@ -86,6 +86,9 @@ def _rotate(x: Tensor, pos: Tensor, halves: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class _Formula:
+    """What the module gives its last layer, whose result `last` is; qkv and kv are its first layers'."""
+
+    proj: str
     heads: int
     eps: float
     text: bool
@@ -94,7 +97,9 @@ class _Formula:
     halves: bool = False
     text_rotated: bool = False
 
-    def __call__(self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, *rest: Tensor) -> Tensor:
+    def __call__(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, last: Tensor, *rest: Tensor
+    ) -> dict[str, Tensor]:
         values = list(rest)
         kv = _split(values.pop(0), 2, self.heads) if self.text else None
         pos = values.pop(0) if self.pos else None
@@ -109,7 +114,8 @@ class _Formula:
             k, v = torch.cat([k, more], 1), torch.cat([v, kv[:, :, 1]], 1)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
         logits = q @ k.mT * q.shape[-1] ** -0.5
-        return F.linear((logits.softmax(-1) @ v).transpose(1, 2).flatten(2), *values)
+        attended = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return {"output": last, f"{self.proj}<": attended}
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.eps) if self.normed else x
@@ -130,7 +136,7 @@ class _Parts:
 
 def _parts(module: nn.Module) -> _Parts | None:
     children = dict(module.named_children())
-    linear = {name: child for name, child in children.items() if is_linear(child)}
+    linear = {name: child for name, child in children.items() if acts_as_linear(child)}
     norms = {name: weight for name, child in children.items() if (weight := norm_weight(child))}
     if len(norms) != 2 or own_tensors(module) or len(linear) not in (2, 3):
         return None
@@ -183,24 +189,21 @@ class AttentionRule:
             return Left("its forward's arguments do not fit its projections")
         eps = [norm_eps(module.get_submodule(name)) for name in parts.norms]
         if eps[0] != eps[1]:
-            return Left(f"its norms have different eps: {eps[0]:g} and {eps[1]:g}")
+            return Left(f"its norms have different eps: {eps[0]} and {eps[1]}")
         names = [p.name for p in arguments(type(module).forward)]
         by_role = dict(zip(wanted, names, strict=True))
         (q, k), (q_weight, k_weight) = parts.norms, parts.weights
-        tensors = [f"{parts.qkv}()", f"{q}.{q_weight}", f"{k}.{k_weight}"]
+        tensors = [f"{parts.qkv}()", f"{q}.{q_weight}", f"{k}.{k_weight}", f"{parts.proj}()"]
         tensors += [f"{parts.kv}()"] if parts.kv else []
         tensors += [by_role["pos"]] if "pos" in wanted else []
-        tensors.append(f"{parts.proj}.weight")
-        tensors += [f"{parts.proj}.bias"] if module.get_submodule(parts.proj).bias is not None else []
-        heads = parts.size // parts.channels
+        heads, parameter = parts.size // parts.channels, first_parameter(module, parts.qkv)
+        at = eps_at(eps[0], probe_dtype(module, parameter))
         block = QKNormAttention(
             wanted, parts.qkv, parts.kv, parts.norms, parts.weights, eps[0], parts.proj, heads
         )
 
         def form(function: str, replacement: Replacement | None, **options: bool) -> Form:
-            formula: Callable[..., Tensor] = _Formula(
-                heads, eps[0], bool(parts.kv), "pos" in wanted, **options
-            )
+            formula: Formula = _Formula(parts.proj, heads, at, bool(parts.kv), "pos" in wanted, **options)
             return Form(function, formula, tuple(tensors), replacement)
 
         usual = "normalised" + (", pairs rotated" if "pos" in wanted else "")
@@ -215,4 +218,4 @@ class AttentionRule:
             return {by_role[role]: value for role, value in made.items()}
 
         children = (parts.qkv, *([parts.kv] if parts.kv else []))
-        return Candidate(tuple(forms), inputs, children, f"{parts.qkv}.weight")
+        return Candidate(tuple(forms), inputs, children, parameter, (parts.proj,))

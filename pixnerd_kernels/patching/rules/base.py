@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixnerd_kernels.checks import FLOATS
 from pixnerd_kernels.nn.layers import untouched
 from pixnerd_kernels.patching.probe import Candidate
-from pixnerd_kernels.patching.swap import arguments
+from pixnerd_kernels.patching.swap import arguments, special
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,27 @@ def is_linear(module: nn.Module) -> bool:
     )
 
 
+def acts_as_linear(module: nn.Module) -> bool:
+    """A linear layer, or what stands in one's place and says its sizes: an adapter around one, a quantised one."""
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+
+
+def alone(module: nn.Module) -> nn.Module:
+    """The module of a sequence of one."""
+    return module[0] if isinstance(module, nn.Sequential) and len(module) == 1 else module
+
+
 def generating_layer(module: nn.Module) -> nn.Module | None:
     """A linear layer, or a sequence of one."""
-    if isinstance(module, nn.Sequential) and len(module) == 1:
-        module = module[0]
-    return module if is_linear(module) else None
+    layer = alone(module)
+    return layer if is_linear(layer) else None
+
+
+def first_parameter(module: nn.Module, name: str) -> str:
+    """The parameter that tells the dtype of child `name`: its weight, or the first one inside."""
+    child = module.get_submodule(name)
+    own = child._parameters.get("weight")
+    return f"{name}.{'weight' if own is not None else next(child.named_parameters())[0]}"
 
 
 def norm_weight(module: nn.Module) -> str | None:
@@ -74,14 +93,33 @@ def norm_weight(module: nn.Module) -> str | None:
     return tensors[0]
 
 
+#: ComfyUI's functions that change a layer's tensors when it is called.
+_COMFY_FUNCTIONS = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
+
+
 def observed(module: nn.Module) -> bool:
     """Whether calling the module does more than its formula: hooks, a `forward` of the instance, ComfyUI's functions on
-    the weight; or whether its tensors are elsewhere until it is called."""
+    weight and bias; or whether its tensors are elsewhere until it is called, or of a class with rules of its own."""
     return bool(
         not untouched(module)
-        or getattr(module, "weight_function", None)
-        or any(tensor is not None and tensor.is_meta for tensor in module._parameters.values())
+        or any(getattr(module, name, None) for name in _COMFY_FUNCTIONS)
+        or any(
+            tensor is not None and (tensor.is_meta or special(tensor))
+            for tensor in module._parameters.values()
+        )
     )
+
+
+def unreadable(layers: Iterable[nn.Module]) -> str:
+    """The classes of adapters and weights that stand where an op reads plain weights; empty where there are none."""
+    found = set()
+    for layer in map(alone, layers):
+        if acts_as_linear(layer) and not is_linear(layer):
+            extra = [name for name in own_tensors(layer) if name not in ("weight", "bias")]
+            found.add(" with ".join([type(layer).__name__, *extra]))
+        elif special(weight := layer._parameters.get("weight")):
+            found.add(type(weight).__name__)
+    return ", ".join(sorted(found))
 
 
 def inert(module: nn.Module) -> bool:
@@ -97,12 +135,44 @@ def plain_dtype(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype and x.device == weight.device and not cast
 
 
-def norm_eps(module: nn.Module) -> float:
-    """The eps that a norm says it has; 1e-6 where it is written into the code. The probe tells whether it is true."""
+def norm_eps(module: nn.Module) -> float | None:
+    """The eps that a norm says it has; 1e-6 where it is written into the code. The probe tells whether it is true.
+
+    None, as torch.nn.RMSNorm has it unless told otherwise, is the smallest difference of the dtype: `eps_at`.
+    """
+    unsaid = False
     for name in ("variance_epsilon", "eps", "epsilon"):
-        if isinstance(value := getattr(module, name, None), float):
+        value = getattr(module, name, 1e-6)
+        if isinstance(value, float) and hasattr(module, name):
             return value
-    return 1e-6
+        unsaid |= value is None
+    if not unsaid:
+        return 1e-6
+    for dtype in FLOATS:
+        eps_at(None, dtype)
+    return None
+
+
+def eps_at(eps: float | None, dtype: torch.dtype) -> float:
+    """What a norm of x in this dtype adds to the mean square."""
+    if eps is not None:
+        return eps
+    if dtype not in _smallest:  # what a compiler reads is there: `norm_eps` has asked
+        _smallest[dtype] = _implied_eps(dtype)
+    return _smallest[dtype]
+
+
+_smallest: dict[torch.dtype, float] = {}
+
+
+def _implied_eps(dtype: torch.dtype) -> float:
+    """torch.nn.functional.rms_norm's eps where none is given: the dtype's own, or for half precision that of float32,
+    in which newer versions of PyTorch compute."""
+    own, wide = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    if dtype not in (torch.bfloat16, torch.float16):
+        return own
+    normed = F.rms_norm(torch.full((8,), 2.0**-12, dtype=dtype, device="cpu"), (8,))[0].item()
+    return min(own, wide, key=lambda eps: abs(normed - 2.0**-12 * (2.0**-24 + eps) ** -0.5))
 
 
 #: Sizes of the probe's rows: among them small ones, for which a norm's eps matters.

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pixnerd_kernels.ops import gated_residual, gated_residual_rms_norm, modulated_rms_norm
-from pixnerd_kernels.patching.probe import Candidate, Form, Inputs
+from pixnerd_kernels.patching.probe import Candidate, Form, Inputs, probe_dtype
 from pixnerd_kernels.patching.rules.attention import _parts, role_inputs, roles
 from pixnerd_kernels.patching.rules.base import (
     Left,
-    generating_layer,
+    acts_as_linear,
+    alone,
+    eps_at,
     norm_eps,
     norm_weight,
     observed,
@@ -39,7 +41,7 @@ class DiTBlock(Replacement):
     attended: tuple[str, ...]
     norms: tuple[str, str]
     weights: tuple[str, str]
-    eps: tuple[float, float]
+    eps: tuple[float | None, float | None]
     modulation: str
     attention: str
     mlp: str
@@ -62,9 +64,10 @@ class DiTBlock(Replacement):
         attended = {name: given[name] for name in self.attended if name in given}
         weight1 = getattr(getattr(module, self.norms[0]), self.weights[0])
         weight2 = getattr(getattr(module, self.norms[1]), self.weights[1])
-        n = modulated_rms_norm(x, weight1, shift1, scale1, self.eps[0])
+        eps1, eps2 = (eps_at(eps, x.dtype) for eps in self.eps)
+        n = modulated_rms_norm(x, weight1, shift1, scale1, eps1)
         y = getattr(module, self.attention)(n, **attended)
-        x, n = gated_residual_rms_norm(x, y, gate1, weight2, shift2, scale2, self.eps[1])
+        x, n = gated_residual_rms_norm(x, y, gate1, weight2, shift2, scale2, eps2)
         return gated_residual(x, getattr(module, self.mlp)(n), gate2)
 
 
@@ -106,7 +109,7 @@ class DiTBlockRule:
             return None
         (size,) = sizes
         rest = {name: child for name, child in children.items() if name not in norms}
-        layers = {name: layer for name, child in rest.items() if (layer := generating_layer(child))}
+        layers = {name: layer for name, child in rest.items() if acts_as_linear(layer := alone(child))}
         modulations = [name for name, layer in layers.items() if layer.out_features == 6 * size]
         if len(modulations) != 1:
             return None
@@ -135,12 +138,13 @@ class DiTBlockRule:
         tensors = (
             names[0], f"{modulation}()", f"{attention}()", f"{mlp}()", f"{norm1}.{weight1}", f"{norm2}.{weight2}",
         )  # fmt: skip
-        forms = tuple(_forms(block, tensors))
+        dtype = probe_dtype(module, f"{norm1}.{weight1}")
+        forms = tuple(_forms(block, (eps_at(block.eps[0], dtype), eps_at(block.eps[1], dtype)), tensors))
         return Candidate(forms, inputs, (modulation,), f"{norm1}.{weight1}", (attention, mlp))
 
 
-def _forms(block: DiTBlock, tensors: tuple[str, ...]) -> Iterator[Form]:
-    parts = (block.eps, block.attention, block.mlp)
+def _forms(block: DiTBlock, eps: tuple[float, float], tensors: tuple[str, ...]) -> Iterator[Form]:
+    parts = (eps, block.attention, block.mlp)
     yield Form("shift, scale and gate", _Formula(*parts), tensors, block)
     for name, order in _ORDERS.items():
         yield Form(name, _Formula(*parts, order), tensors)

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 
 from pixnerd_kernels.checks import FLOATS
 from pixnerd_kernels.ops import neural_field_mlp_packed
-from pixnerd_kernels.patching.probe import Candidate, Form, Inputs
+from pixnerd_kernels.patching.probe import Candidate, Form, Inputs, probe_dtype
 from pixnerd_kernels.patching.rules.base import (
     Left,
+    acts_as_linear,
+    alone,
+    eps_at,
+    first_parameter,
     generating_layer,
     inert,
     norm_eps,
@@ -45,9 +49,12 @@ class FieldBlock(Replacement):
     hidden: int
     gated: bool
     normalize: tuple[str, ...]
-    norm_eps: float
+    norm_eps: float | None
     #: Compute the norm inside the op; otherwise the module's own norm is called.
     fused_norm: bool
+
+    def accepts(self, module: Any, *args: Any) -> bool:
+        return len(args) == 2 and args[0].dim() == 3 and args[1].shape[:-1] == args[0].shape[:1]
 
     def run(self, module: Any, *args: Any) -> Tensor:
         x, s = args
@@ -59,7 +66,7 @@ class FieldBlock(Replacement):
             return x + neural_field_mlp_packed(n, params, residual=False, **options)  # type: ignore[arg-type]
         weight = getattr(norm, self.weight)
         weight = weight.to(x.device, weight.dtype if weight.dtype in FLOATS else x.dtype)
-        options |= {"norm_weight": weight, "norm_eps": self.norm_eps}
+        options |= {"norm_weight": weight, "norm_eps": eps_at(self.norm_eps, x.dtype)}
         if x.dtype == params.dtype:
             return neural_field_mlp_packed(x, params, **options)  # type: ignore[arg-type]
         # Autocast: the generating layer gives half precision, the residual keeps x's.
@@ -102,7 +109,9 @@ class NeuralFieldRule:
     def match(self, module: nn.Module) -> Candidate | Left | None:
         children = dict(module.named_children())
         generators = {name: layer for name, child in children.items() if (layer := generating_layer(child))}
-        named = any(name.startswith("param_generator") for name in children)
+        named = [name for name in children if name.startswith("param_generator")]
+        # By its name we also know an adapter around one, or a quantised one.
+        generators |= {name: layer for name in named if acts_as_linear(layer := alone(children[name]))}
         norms = [name for name, child in children.items() if name not in generators and _is_norm(child)]
         if not named and (len(generators) != 1 or len(norms) != 1):
             return None
@@ -123,15 +132,17 @@ class NeuralFieldRule:
         names = positional(module, 2)
         if names is None:
             return Left("its forward takes other arguments than pixels and hidden states")
-        inner = generator if layer is children[generator] else f"{generator}.0"
 
         def inputs(rng: torch.Generator) -> Inputs:
             x = rows(_PROBE_PATCHES, channels, rng)
             s = torch.randn(_PROBE_PATCHES, int(layer.in_features), generator=rng)  # type: ignore[arg-type]
             return {names[0]: x, names[1]: s}
 
-        forms = tuple(_forms(children[norm], norm, generator, names[0], sizes))
-        return Candidate(forms, inputs, (generator, norm), f"{inner}.weight")
+        inner = generator if layer is children[generator] else f"{generator}.0"
+        parameter = first_parameter(module, inner)
+        dtype = probe_dtype(module, parameter)
+        forms = tuple(_forms(children[norm], norm, generator, names[0], sizes, dtype))
+        return Candidate(forms, inputs, (generator, norm), parameter)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -150,16 +161,23 @@ def _sizes(module: nn.Module, generated: int, channels: int) -> Iterator[tuple[b
 
 
 def _forms(
-    module: nn.Module, norm: str, generator: str, x: str, sizes: list[tuple[bool, int]]
+    module: nn.Module,
+    norm: str,
+    generator: str,
+    x: str,
+    sizes: list[tuple[bool, int]],
+    dtype: torch.dtype,
 ) -> Iterator[Form]:
+    """`dtype` is the probe's."""
     weight, params, eps = norm_weight(module), f"{generator}()", norm_eps(module)
+    at = eps_at(eps, dtype)
     for gated, hidden in sizes:
         names = ("w_gate", "w1", "w2") if gated else ("w1", "w2")
         subsets = [tuple(n for i, n in enumerate(names) if mask >> i & 1) for mask in range(2 ** len(names))]
         for normalize in reversed(subsets):
             function = f"{'gated, ' if gated else ''}{', '.join(normalize) or 'nothing'} normalised"
             for fused in (True, False) if weight else (False,):
-                formula = FieldFormula(hidden, gated, normalize, eps if fused else None)
+                formula = FieldFormula(hidden, gated, normalize, at if fused else None)
                 block = FieldBlock(
                     generator, norm, weight or "", hidden, gated, normalize, eps, fused_norm=fused
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnerd_kernels.ops import DecoderBlockParams, DecoderParams, pixel_decoder
-from pixnerd_kernels.patching.probe import Candidate, Form, Inputs
+from pixnerd_kernels.patching.probe import Candidate, Form, Inputs, probe_dtype
 from pixnerd_kernels.patching.rules.base import (
     Left,
+    eps_at,
     generating_layer,
     is_linear,
     norm_eps,
     norm_weight,
     observed,
+    unreadable,
 )
 from pixnerd_kernels.patching.rules.head import encode, fields, frequencies
 from pixnerd_kernels.patching.rules.neural_field import FieldFormula
@@ -46,7 +48,7 @@ class OfficialHead(Replacement):
     normalize: tuple[str, ...]
     encoding: str
     extent: float | None
-    norm_eps: float
+    norm_eps: float | None
 
     def accepts(self, module: Any, *args: Any) -> bool:
         image, rest = args[0], args[3:]
@@ -83,7 +85,7 @@ class OfficialHead(Replacement):
         params = DecoderParams(
             embedder.weight, embedder.bias, blocks, norm,
             final.linear.weight, final.linear.bias, normalize=self.normalize, encoding=self.encoding,
-            encoding_extent=self.extent, norm_eps=self.norm_eps,
+            encoding_extent=self.extent, norm_eps=eps_at(self.norm_eps, hidden.dtype),
         )  # fmt: skip
         scale = tuple(size / module.patch_size for size in _patch(module))
         return pixel_decoder(
@@ -124,12 +126,26 @@ def _reads_text(module: Any) -> bool:
     return hasattr(module, "text_refine_blocks")
 
 
-def _patch(module: Any) -> tuple[int, int]:
-    """Height and width of a decoded patch."""
-    height = getattr(module, "decoder_patch_scaling_h", 1.0)
-    return int(module.patch_size * height), int(
-        module.patch_size * getattr(module, "decoder_patch_scaling_w", 1.0)
+_SCALES = ("decoder_patch_scaling_h", "decoder_patch_scaling_w")
+
+
+def _patch(module: Any, scales: Mapping[str, float] | None = None) -> tuple[int, int]:
+    """Height and width of a decoded patch, at other scales than the module's where they are given."""
+    height, width = (
+        int(module.patch_size * (scales or {}).get(name, getattr(module, name, 1.0))) for name in _SCALES
     )
+    return height, width
+
+
+def _telling_scales(module: Any) -> dict[str, float]:
+    """Scales of the decoder at which a probe tells its forms apart, where its own are none.
+
+    Positions over an extent of 16 are those of a patch of 16 x 16 pixels, which may grow later.
+    """
+    told = _patch(module) not in [(extent, extent) for _, _, extent in _HEADS]
+    if told or not all(hasattr(module, name) for name in _SCALES):
+        return {}
+    return {name: 2.0 * getattr(module, name) for name in _SCALES}
 
 
 @dataclass(frozen=True)
@@ -174,6 +190,8 @@ class OfficialHeadRule:
         blocks = list(given.blocks)
         first = next((i for i, block in enumerate(blocks) if hasattr(block, "param_generator1")), len(blocks))
         layers = [generating_layer(getattr(block, "param_generator1", module)) for block in blocks[first:]]
+        if kinds := unreadable(getattr(block, "param_generator1", module) for block in blocks[first:]):
+            return Left(f"its generating layers are or hold {kinds}, which the op cannot read")
         norms = {norm_weight(getattr(block, "norm", module)) for block in blocks[first:]}
         final, embedder = given.final_layer, generating_layer(getattr(given.x_embedder, "embedder", module))
         strangers = {name for name, _ in final.named_children()} - {"norm", "linear"}
@@ -200,7 +218,10 @@ class OfficialHeadRule:
         )
         colours, channels = final.linear.out_features, final.linear.in_features
         hidden, eps = layers[0].out_features // (2 * channels), norm_eps(module.blocks[first].norm)
-        patch = _patch(module)
+        parameter = "x_embedder.embedder.0.weight"
+        at = eps_at(eps, probe_dtype(module, parameter))
+        scales = _telling_scales(module)
+        patch = _patch(module, scales)
 
         def inputs(rng: torch.Generator) -> Inputs:
             image = torch.randn(2, colours, patch[0], 2 * patch[1], generator=rng)
@@ -224,14 +245,14 @@ class OfficialHeadRule:
         )  # fmt: skip
         forms = []
         for normalize, encoding, extent in _HEADS:
+            if extent and patch == (extent, extent):  # the same numbers as without, at this and every call
+                continue
             span = f" over {extent:g}" if extent else ""
             formula = _Formula(
-                tuple(layers), patch, hidden, normalize, encoding, extent, eps, hasattr(final, "norm")
+                tuple(layers), patch, hidden, normalize, encoding, extent, at, hasattr(final, "norm")
             )
             head = OfficialHead(first, weight, normalize, encoding, extent, eps)
             function = f"{', '.join(normalize)} normalised, encoding {encoding}{span}"
             forms.append(Form(function, formula, tensors, head))
         assert embedder is not None
-        return Candidate(
-            tuple(forms), inputs, ("t_embedder",), "x_embedder.embedder.0.weight", boundary=boundary
-        )
+        return Candidate(tuple(forms), inputs, ("t_embedder",), parameter, boundary=boundary, settings=scales)

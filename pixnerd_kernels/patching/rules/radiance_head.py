@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from pixnerd_kernels.ops import DecoderBlockParams, DecoderParams, pixel_decoder
 from pixnerd_kernels.ops.neural_field_mlp import WEIGHTS
-from pixnerd_kernels.patching.probe import Candidate, Form, Inputs
+from pixnerd_kernels.patching.probe import Candidate, Form, Inputs, probe_dtype
 from pixnerd_kernels.patching.rules.base import (
     Left,
+    eps_at,
     generating_layer,
     is_linear,
     norm_eps,
     norm_weight,
     observed,
     plain_dtype,
+    unreadable,
 )
 from pixnerd_kernels.patching.rules.head import encode, fields, frequencies
 from pixnerd_kernels.patching.rules.neural_field import FieldFormula
@@ -43,7 +45,7 @@ class RadianceHead(Replacement):
     final: str
     weight: str
     encoding: str
-    norm_eps: float
+    norm_eps: float | None
 
     def accepts(self, module: Any, *args: Any) -> bool:
         if len(args) != 3:
@@ -67,7 +69,7 @@ class RadianceHead(Replacement):
         ]
         decoder = DecoderParams(
             embedder.weight, embedder.bias, blocks, None, None,
-            gated=True, encoding=self.encoding, norm_eps=self.norm_eps,
+            gated=True, encoding=self.encoding, norm_eps=eps_at(self.norm_eps, hidden.dtype),
         )  # fmt: skip
         features = pixel_decoder(image, hidden, decoder, patch_size=params.patch_size)
         out: Tensor = getattr(module, self.final)(features)
@@ -123,6 +125,8 @@ class RadianceHeadRule:
         size = getattr(params, "patch_size", None)
         embedder = generating_layer(getattr(children[_EMBEDDER], "embedder", module))
         blocks = list(children[_BLOCKS].children())
+        if kinds := unreadable(getattr(block, "param_generator", module) for block in blocks):
+            return Left(f"its generating layers are or hold {kinds}, which would all be unpacked at once")
         generators = [generating_layer(getattr(block, "param_generator", module)) for block in blocks]
         norms = {norm_weight(getattr(block, "norm", module)) for block in blocks}
         if (
@@ -147,6 +151,8 @@ class RadianceHeadRule:
             return Left(
                 f"its generating layers hold {names}: cast at each call, they would all be held at once"
             )
+        parameter = f"{_BLOCKS}.0.param_generator.weight"
+        at = eps_at(eps, probe_dtype(module, parameter))
         hidden = generators[0].out_features // (3 * channels)
         colours = embedder.in_features - _frequencies(module) ** 2
         given = [p.name for p in arguments(type(module).forward_nerf)]
@@ -163,15 +169,13 @@ class RadianceHeadRule:
         forms = tuple(
             Form(
                 f"gated blocks, encoding {encoding}",
-                _Formula(generators, final, size, hidden, encoding, eps),
+                _Formula(generators, final, size, hidden, encoding, at),
                 tensors,
                 RadianceHead(final, weight, encoding, eps),
             )
             for encoding in _ENCODINGS
         )
-        return Candidate(
-            forms, inputs, (), f"{_BLOCKS}.0.param_generator.weight", (final,), method=RadianceHead.method
-        )
+        return Candidate(forms, inputs, (), parameter, (final,), method=RadianceHead.method)
 
 
 def _frequencies(module: Any) -> int:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pixnerd_kernels.ops.modulated_rms_norm import modulated_rms_norm
-from pixnerd_kernels.patching.probe import Candidate, Form, Inputs
+from pixnerd_kernels.patching.probe import Candidate, Form, Inputs, probe_dtype
 from pixnerd_kernels.patching.rules.base import (
     Left,
+    eps_at,
     norm_eps,
     norm_weight,
     plain_dtype,
@@ -32,13 +33,14 @@ class Norm(Replacement):
 
     op: ClassVar[str] = "modulated_rms_norm"
     weight: str
-    eps: float
+    eps: float | None
 
     def accepts(self, module: Any, *args: Any) -> bool:
         return len(args) == 1 and plain_dtype(args[0], getattr(module, self.weight))
 
     def run(self, module: Any, *args: Any) -> Tensor:
-        return modulated_rms_norm(args[0], getattr(module, self.weight), eps=self.eps)
+        (x,) = args
+        return modulated_rms_norm(x, getattr(module, self.weight), eps=eps_at(self.eps, x.dtype))
 
 
 class RMSNormRule:
@@ -49,14 +51,15 @@ class RMSNormRule:
         names = positional(module, 1)
         if weight is None or names is None or "norm" not in type(module).__name__.lower():
             return None
-        channels, eps = module.get_parameter(weight).shape[0], norm_eps(module)
+        channels, own = module.get_parameter(weight).shape[0], norm_eps(module)
+        eps = eps_at(own, probe_dtype(module, weight))
 
         def inputs(rng: torch.Generator) -> Inputs:
             return {names[0]: rows(2, channels, rng)}
 
         tensors = (names[0], weight)
         forms = (
-            Form("RMS", lambda x, w: rms_norm(x, w, eps), tensors, Norm(weight, eps)),
+            Form("RMS", lambda x, w: rms_norm(x, w, eps), tensors, Norm(weight, own)),
             Form("a weight to which one is added", lambda x, w: rms_norm(x, 1 + w, eps), tensors),
             Form("the mean subtracted", lambda x, w: rms_norm(x - x.mean(-1, keepdim=True), w, eps), tensors),
         )

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from pixnerd_kernels.nn.layers import feed_forward
 from pixnerd_kernels.ops.swiglu import swiglu
-from pixnerd_kernels.patching.probe import Candidate, Form, Inputs
-from pixnerd_kernels.patching.rules.base import Left, inert, is_linear, own_tensors, positional
+from pixnerd_kernels.patching.probe import Candidate, Form, Formula, Inputs
+from pixnerd_kernels.patching.rules.base import (
+    Left,
+    acts_as_linear,
+    first_parameter,
+    inert,
+    own_tensors,
+    positional,
+)
 from pixnerd_kernels.patching.swap import Replacement
 
 
@@ -43,7 +50,7 @@ class SwiGLURule:
 
     def match(self, module: nn.Module) -> Candidate | Left | None:
         children = dict(module.named_children())
-        linear = {name: child for name, child in children.items() if is_linear(child)}
+        linear = {name: child for name, child in children.items() if acts_as_linear(child)}
         names = positional(module, 1)
         if names is None or own_tensors(module) or not all(map(inert, _others(children, linear))):
             return None
@@ -56,10 +63,9 @@ class SwiGLURule:
         def inputs(rng: torch.Generator) -> Inputs:
             return {names[0]: torch.randn(2, 5, size, generator=rng)}
 
-        tensors = [f"{name}()" for name in first] + [f"{last}.weight"]
-        if linear[last].bias is not None:
-            tensors.append(f"{last}.bias")
-        return Candidate(tuple(_forms(first, last, tuple(tensors))), inputs, first, f"{last}.weight")
+        tensors = (*(f"{name}()" for name in first), f"{last}()")
+        forms = tuple(_forms(first, last, tensors))
+        return Candidate(forms, inputs, first, first_parameter(module, last), (last,))
 
 
 def _others(children: dict[str, nn.Module], linear: dict[str, nn.Module]) -> list[nn.Module]:
@@ -83,11 +89,12 @@ def _parts(linear: dict[str, nn.Module]) -> tuple[tuple[str, ...], str] | None:
 
 
 def _forms(first: tuple[str, ...], last: str, tensors: tuple[str, ...]) -> Iterator[Form]:
-    def formula(activation: Callable[[Tensor], Tensor], swapped: bool) -> Callable[..., Tensor]:
-        def run(*values: Tensor) -> Tensor:
-            gate, up = values[: len(first)] if len(first) == 2 else values[0].chunk(2, dim=-1)
+    def formula(activation: Callable[[Tensor], Tensor], swapped: bool) -> Formula:
+        def run(*values: Tensor) -> dict[str, Tensor]:
+            """The layers in front and the one behind gave these values."""
+            gate, up = values[:2] if len(first) == 2 else values[0].chunk(2, dim=-1)
             product = activation(up) * gate if swapped else activation(gate) * up
-            return F.linear(product, *values[len(first) :])
+            return {"output": values[-1], f"{last}<": product}
 
         return run
 

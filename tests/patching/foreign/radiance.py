@@ -14,11 +14,14 @@ class CastLinear(nn.Linear):
 
     comfy_cast_weights = True
     weight_function = ()
+    bias_function = ()
 
     def forward(self, x):
         weight, bias = self.weight.to(x.device, x.dtype), self.bias.to(x.device, x.dtype)
         for function in self.weight_function:
             weight = function(weight)
+        for function in self.bias_function:
+            bias = function(bias)
         return F.linear(x, weight, bias)
 
 
