@@ -168,6 +168,10 @@ void write_weight_gradient(const Weight<T>& w, bool normalized, Panels<T> d, DTy
   for (int c = 0; normalized && c < columns; c += kLanes<T>) {
     const Vec<T> slope = load<T>(w.slope + c);
     const auto at = [&](Panels<T> m, int r) { return m.row(c / kPanel<T>, r) + c % kPanel<T>; };
+    if (rows == 1) {  // normalised, it is 1 or -1, unless the norm is clamped
+      store<T>(at(d, 0), load<T>(at(d, 0)) * (slope == T(0) ? broadcast(T(1)) : Vec<T>{}));
+      continue;
+    }
     Vec<T> dot{};
     for (int r = 0; r < rows; ++r) dot += load<T>(at(w.panels, r)) * slope * load<T>(at(d, r));
     for (int r = 0; r < rows; ++r) {

@@ -37,7 +37,7 @@ struct Relu {
   PIXNERD_INLINE static Vec<T> value(Vec<T> z) { return z < T(0) ? Vec<T>{} : z; }
   PIXNERD_INLINE static void both(Vec<T> z, Vec<T>& value, Vec<T>& slope) {
     value = z < T(0) ? Vec<T>{} : z;
-    slope = z > T(0) ? broadcast(T(1)) : Vec<T>{};
+    slope = z <= T(0) ? Vec<T>{} : broadcast(T(1));  // NaN has a slope, so that it reaches the gradients
   }
 };
 

@@ -31,12 +31,13 @@ struct Sums {
     }
     clear_block(columns);
   }
-  void finish(int columns, T eps) {
+  // `constant`: for a gradient of columns of one row, whose result is 1 or -1 unless the norm is clamped.
+  void finish(int columns, T eps, bool constant) {
     for (int c = 0; c < columns; ++c) {
       const T norm = static_cast<T>(square_root(total_squares[c]));
       const T inverse = T(1) / (norm < eps ? eps : norm);
       dots[c] = norm < eps ? T(0) : static_cast<T>(total_dots[c]) * inverse * inverse;
-      squares[c] = inverse;
+      squares[c] = constant && !(norm < eps) ? T(0) : inverse;
     }
   }
 };
@@ -83,7 +84,7 @@ void run_columns(Storage storage, const ColumnNorm& n, const void* grad, void* o
       }
       if (r % kBlock == kBlock - 1 || r == n.rows - 1) sums.add_block(round_up(columns, kLanes<T>));
     }
-    sums.finish(columns, T(n.eps));
+    sums.finish(columns, T(n.eps), g && n.rows == 1);
     for (std::int64_t r = 0; r < n.rows; ++r) {
       for (int c = 0; c < columns; c += kLanes<T>) {
         Vec<T> v = load_columns<T>(storage, w + r * n.columns, c, columns);
@@ -119,7 +120,7 @@ void run_rows(Storage storage, const ColumnNorm& n, const void* grad, void* out)
       sums.total_squares[0] += sums.total_squares[i];
       sums.total_dots[0] += sums.total_dots[i];
     }
-    sums.finish(1, T(n.eps));
+    sums.finish(1, T(n.eps), g && n.rows == 1);
     for (std::int64_t first = 0; first < n.rows; first += kLength) {
       const int length = static_cast<int>(n.rows - first < kLength ? n.rows - first : kLength);
       for (int r = 0; r < length; r += kLanes<T>) {

@@ -33,9 +33,21 @@ def sample_times(
 
 
 def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t, in data's shape and dtype; t is [B]."""
+    """x_t in data's shape [B, ...] and dtype, a floating one; noise is of that shape, t is [B].
+
+    Raises:
+        TypeError, ValueError: every problem with the arguments at once.
+    """
+    problems = Problems("flow.interpolate")
+    if not isinstance(data, Tensor) or not data.is_floating_point() or data.dim() == 0:
+        problems.add_type("data", "a floating tensor [B, ...]", data)
+    else:
+        for name, value, shape in (("noise", noise, data.shape), ("t", t, data.shape[:1])):
+            if not isinstance(value, Tensor) or value.shape != shape:
+                problems.add(name, f"a tensor {list(shape)}", value)
+    problems.raise_if_any()
     weight = t.to(data.dtype).view(-1, *(1,) * (data.dim() - 1))
-    return weight * data + (1 - weight) * noise
+    return weight * data + (1 - weight) * noise.to(data.dtype)
 
 
 def scale_noise(noise: Tensor, size: int) -> Tensor:
@@ -47,6 +59,7 @@ def scale_noise(noise: Tensor, size: int) -> Tensor:
     the formulas, but the transformer sees n x n pixels of it, and every other pixel would settle alone:
     whatever is still open when it does comes out dithered. Pixels with common noise settle together.
     """
+    _check_size("scale_noise", size)
     n = noise.shape[-1]
     place = torch.arange(size, device=noise.device) * (n / size)
     left = place.long()
@@ -63,13 +76,20 @@ def scale_data(data: Tensor, size: int) -> Tensor:
 
     Pixel j lies at j n / size, as in `scale_noise`.
     """
+    _check_size("scale_data", size)
     n = data.shape[-1]
     if n == size:
         return data
-    position = torch.arange(size, device=data.device, dtype=data.dtype) * (2 * n / size / (n - 1)) - 1
+    position = torch.arange(size, device=data.device, dtype=data.dtype) * (2 * n / size / max(n - 1, 1)) - 1
     places = torch.stack(torch.meshgrid(position, position, indexing="xy"), dim=-1)
     places = places.expand(len(data), -1, -1, -1)
     return torch.nn.functional.grid_sample(data, places, "bicubic", "border", align_corners=True)
+
+
+def _check_size(where: str, size: object) -> None:
+    problems = Problems(where)
+    problems.count("size", size)
+    problems.raise_if_any()
 
 
 def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
@@ -116,20 +136,29 @@ def loss(
     """
     problems = Problems("flow.loss")
     if problems.tensor("data", data, 4, "[B, C, H, W]"):
-        if y.shape[:1] != data.shape[:1]:
-            problems.add("y", f"a condition for each of the {data.shape[0]} images", y)
-        if noise is not None and noise.shape != data.shape:
-            problems.add("noise", f"the shape of data {list(data.shape)}", noise)
-    shape = null.shape if isinstance(null, Tensor) else ()
-    if shape != y.shape[1:]:
+        if not data.numel():
+            problems.add("data", "at least one image", data)
+        if not isinstance(y, Tensor) or y.shape[:1] != data.shape[:1]:
+            problems.add("y", f"a tensor with a condition for each of the {data.shape[0]} images", y)
+        if noise is not None and (not isinstance(noise, Tensor) or noise.shape != data.shape):
+            problems.add("noise", f"a tensor of the shape of data {list(data.shape)}", noise)
+    if not isinstance(null, (int, Tensor)):
+        problems.add_type("null", "a class id, or the features of an empty text", null)
+    elif isinstance(y, Tensor) and (null.shape if isinstance(null, Tensor) else ()) != y.shape[1:]:
         problems.add("null", f"the shape of one image's condition {list(y.shape[1:])}", null)
-    problems.number("dropout", dropout)
-    problems.number("shift", shift)
+    for name, value, most in (("dropout", dropout, 1.0), ("shift", shift, 1e30)):
+        before = len(problems.lines)
+        problems.number(name, value, minimum=0.0 if name == "dropout" else 1e-30)
+        if len(problems.lines) == before and value > most:
+            problems.add(name, f"at most {most:g}", value)
     problems.raise_if_any()
     t = sample_times(data.shape[0], shift=shift, generator=generator, device=data.device)
     if noise is None:
         noise = torch.randn(data.shape, generator=generator, device=data.device, dtype=data.dtype)
     y = drop_conditions(y, null, dropout, generator=generator)
     velocity = model(interpolate(data, noise, t), t, y, **model_arguments)
+    if not isinstance(velocity, Tensor) or velocity.shape != data.shape:
+        problems.add("model", f"a velocity of the shape of data {list(data.shape)}", velocity)
+        problems.raise_if_any()
     target = velocity_target(data, noise)
     return (velocity.to(torch.promote_types(velocity.dtype, torch.float32)) - target).square().mean()

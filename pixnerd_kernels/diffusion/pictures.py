@@ -78,7 +78,7 @@ def draw(
     """
     problems = Problems("draw")
     for label in dict.fromkeys(classes):
-        if not 0 <= label < model.null_class:
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < model.null_class:
             problems.add("class", f"a class from 0 to {model.null_class - 1}", label)
     problems.raise_if_any()
     device = next(model.parameters()).device
@@ -144,6 +144,9 @@ def _draw(
     solver: Mapping[str, Any],
 ) -> Tensor:
     problems = Problems("draw")
+    problems.count("num_steps", solver.get("num_steps"))
+    if "span" in solver:
+        problems.add("span", "none: all steps are drawn", solver["span"])
     problems.number("fine_from", fine_from)
     if not problems.lines and fine_from >= 1:
         problems.add("fine_from", "a time from 0 to below 1", fine_from)
@@ -204,6 +207,12 @@ def to_bytes(images: Tensor) -> Tensor:
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
     """[n, C, H, W] in [-1, 1] to one picture on grey, uint8 [rows * (H + gap) + gap, ..., C]."""
+    problems = Problems("grid")
+    if problems.tensor("images", images, 4, "[n, C, H, W]") and not len(images):
+        problems.add("images", "at least one image", images)
+    if columns is not None:
+        problems.count("columns", columns)
+    problems.raise_if_any()
     count, channels, height, width = images.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)

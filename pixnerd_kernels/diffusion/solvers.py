@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.checks import Problems, describe
 from pixnerd_kernels.diffusion.flow import shift_time
 from pixnerd_kernels.diffusion.graphs import CompiledVelocity, GraphedVelocity
 
@@ -47,15 +47,17 @@ def sample(
     condition is evaluated.
 
     Args:
-        velocity: called with x [B, ...], t [B] and a condition of batch B (2B when guided); any callable.
-        noise: [B, ...], x at t = 0. condition, uncondition: [B, ...]; uncondition may be None at guidance 1.
+        velocity: called with x [B, ...], t [B] and a condition of batch B (2B when guided); any callable that returns a
+            tensor of x's shape.
+        noise: [B, ...], x at t = 0, and the dtype of x at every step.
+        condition, uncondition: [B, ...], of one shape where both are needed; uncondition may be None at guidance 1.
         solver: "euler"; "heun" (second order; from the second step on it takes the predictor's velocity from
             the step before, which halves the evaluations); "adams" (Adams-Bashforth on the uneven steps).
         num_steps: steps; also the evaluations, but 2 * num_steps - 1 for the exact Heun.
         order: Adams' order, 1 to 4, reached after as many steps.
         guidance_interval: guidance holds for low < t < high, open at both ends; Heun ignores it.
         timeshift: above 1 spends more steps near the noise, see `flow.shift_time`.
-        last_step: length of the last step before the shift; None is 1 / num_steps.
+        last_step: length of the last step before the shift; None is 1 / num_steps. No step may be lost in float32.
         exact_heun: evaluate the predictor's velocity anew in every step.
         span: (first, last) makes the steps first to last - 1 of the num_steps alone, from noise, which is then x at
             the first one's time, to the result, x at the last one's end; Adams and Heun start anew. None is all.
@@ -72,19 +74,9 @@ def sample(
         TypeError, ValueError: every problem with the arguments at once.
     """
     _check(
-        noise,
-        condition,
-        uncondition,
-        solver,
-        num_steps,
-        order,
-        guidance,
-        timeshift,
-        last_step,
-        span,
-        cuda_graph,
-        compile_mode,
-    )
+        velocity, noise, condition, uncondition, solver, num_steps, order, guidance, guidance_interval, timeshift,
+        last_step, span, cuda_graph, compile_mode, on_step,
+    )  # fmt: skip
     if compile_mode is not None:
         velocity = CompiledVelocity(velocity, compile_mode)
     if cuda_graph:
@@ -98,10 +90,18 @@ def sample(
     def field(x: Tensor, index: int) -> Tensor:
         t = times[index].to(noise.device, torch.promote_types(noise.dtype, torch.float32))
         if guidance == 1 or uncondition is None or not (inside[index] or always):
-            return velocity(x, t.expand(x.shape[0]), condition)
+            return evaluate(x, t, condition)
         both = torch.cat([uncondition, condition])
-        without, with_ = velocity(torch.cat([x, x]), t.expand(2 * x.shape[0]), both).chunk(2)
+        without, with_ = evaluate(torch.cat([x, x]), t, both).chunk(2)
         return without + guidance * (with_ - without)
+
+    def evaluate(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        v = velocity(x, t.expand(len(x)), condition)
+        if not isinstance(v, Tensor) or v.shape != x.shape:
+            raise ValueError(
+                f"sample: velocity: expected a result of x's shape {list(x.shape)}, got {describe(v)}"
+            )
+        return v
 
     if solver == "euler":
         steps = _adams(field, noise, times, 1)
@@ -117,7 +117,14 @@ def sample(
 
 
 def time_steps(num_steps: int, *, timeshift: float = 1.0, last_step: float | None = None) -> Tensor:
-    """The num_steps + 1 times from 0 to 1, float32: even up to 1 - last_step, then shifted."""
+    """The num_steps + 1 times from 0 to 1, float32: even up to 1 - last_step, then shifted.
+
+    Raises:
+        TypeError, ValueError: num_steps is no integer of at least 1.
+    """
+    problems = Problems("time_steps")
+    problems.count("num_steps", num_steps)
+    problems.raise_if_any()
     if last_step is None or num_steps == 1:
         last_step = 1 / num_steps
     even = torch.cat([torch.linspace(0, 1 - last_step, num_steps), torch.ones(1)])
@@ -145,7 +152,7 @@ def _adams(field: Callable[[Tensor, int], Tensor], x: Tensor, times: Tensor, ord
         velocities = [*velocities[1 - order :], field(x, index)] if order > 1 else [field(x, index)]
         weights = adams_weights(times[: index + 2], len(velocities)).tolist()
         for weight, v in zip(weights, velocities, strict=True):
-            x = x + (weight * length) * v
+            x = (x + (weight * length) * v).to(x.dtype)
         yield x
 
 
@@ -155,13 +162,14 @@ def _heun(field: Callable[[Tensor, int], Tensor], x: Tensor, times: Tensor, exac
     for index, length in enumerate(lengths):
         v = field(x, index) if ahead is None or exact else ahead
         if index + 1 < len(lengths):
-            ahead = field(x + length * v, index + 1)
+            ahead = field((x + length * v).to(x.dtype), index + 1)
             v = (v + ahead) / 2
-        x = x + length * v
+        x = (x + length * v).to(x.dtype)
         yield x
 
 
 def _check(
+    velocity: Velocity,
     noise: Tensor,
     condition: Tensor,
     uncondition: Tensor | None,
@@ -169,13 +177,18 @@ def _check(
     num_steps: int,
     order: int,
     guidance: float,
+    guidance_interval: tuple[float, float],
     timeshift: float,
     last_step: float | None,
     span: tuple[int, int] | None,
     cuda_graph: bool,
     compile_mode: str | None,
+    on_step: Callable[[int, Tensor], None] | None,
 ) -> None:
     problems = Problems("sample")
+    for name, function in (("velocity", velocity), ("on_step", on_step)):
+        if not callable(function) and not (name == "on_step" and function is None):
+            problems.add_type(name, "a function", function)
     problems.choice("solver", solver, SOLVERS)
     if compile_mode is not None:
         problems.choice("compile_mode", compile_mode, COMPILE_MODES)
@@ -190,12 +203,16 @@ def _check(
             problems.add("span", f"0 <= first <= last <= num_steps = {num_steps}", span)
     if problems.count("order", order) and order > 4:
         problems.add("order", "at most 4", order)
-    problems.number("guidance", guidance, minimum=-float("inf"))
-    problems.number("timeshift", timeshift)
-    if timeshift == 0:
-        problems.add("timeshift", "more than 0", timeshift)
-    if last_step is not None and not 0 < last_step <= 1:
-        problems.add("last_step", "more than 0 and at most 1", last_step)
+    problems.number("guidance", guidance, minimum=-1e300)
+    if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
+        problems.add_type("guidance_interval", "a pair of times (low, high)", guidance_interval)
+    else:
+        before = len(problems.lines)
+        for time in guidance_interval:
+            problems.number("guidance_interval", time, minimum=-1e300)
+        if len(problems.lines) == before and guidance_interval[0] > guidance_interval[1]:
+            problems.add("guidance_interval", "low not above high", guidance_interval)
+    _check_steps(problems, num_steps if counted else 1, timeshift, last_step)
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() == 0:
         problems.add_type("noise", "a floating tensor [B, ...]", noise)
     else:
@@ -206,4 +223,28 @@ def _check(
                 continue
             if not isinstance(value, Tensor) or value.shape[:1] != noise.shape[:1]:
                 problems.add(name, f"a tensor with batch {noise.shape[0]}", value)
+            elif guidance != 1 and isinstance(condition, Tensor) and value.shape != condition.shape:
+                problems.add(name, f"the shape of condition {list(condition.shape)}", value)
     problems.raise_if_any()
+
+
+def _check_steps(problems: Problems, num_steps: int, timeshift: float, last_step: float | None) -> None:
+    """Both are numbers that leave no step without length."""
+    before = len(problems.lines)
+    problems.number("timeshift", timeshift)
+    if last_step is not None:
+        problems.number("last_step", last_step)
+    if len(problems.lines) > before:
+        return
+    if timeshift == 0:
+        problems.add("timeshift", "more than 0", timeshift)
+    if last_step is not None and not 0 < last_step <= 1:
+        problems.add("last_step", "more than 0 and at most 1", last_step)
+    if len(problems.lines) > before:
+        return
+    if not (time_steps(num_steps, timeshift=timeshift, last_step=last_step).diff() > 0).all():
+        for name, value in (("timeshift", timeshift), ("last_step", last_step)):
+            if value is not None:
+                problems.add(
+                    name, f"values that leave each of {num_steps} steps some length in float32", value
+                )

@@ -97,7 +97,9 @@ class PixNerdBase(nn.Module):
             self._check_dtype(problems, x)
             if x.shape[1] != self.config.in_channels:
                 problems.add("x", f"{self.config.in_channels} channels", x)
-            if x.shape[2] % height or x.shape[3] % width or 0 in x.shape:
+            if not x.shape[0]:
+                problems.add("x", "at least one image", x)
+            elif x.shape[2] % height or x.shape[3] % width or 0 in x.shape[1:]:
                 problems.add("x", f"H and W divisible by the decoded patch of {height} x {width} pixels", x)
             if isinstance(t, Tensor) and t.shape != x.shape[:1]:
                 problems.add("t", f"the shape [{x.shape[0]}], one for each image", t)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pixnerd_kernels.checks import Problems
-from pixnerd_kernels.ops.coordinate_encoding import KINDS
+from pixnerd_kernels.ops.coordinate_encoding import EVEN_KINDS, KINDS
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ class PixNerdConfig:
         problems.choice("encoding", self.encoding, KINDS)
         if all(counted):
             _check_heads(problems, self.hidden_size, self.num_heads)
+            if self.encoding in EVEN_KINDS and self.max_freqs % 2:
+                problems.add(
+                    "max_freqs", f"an even number for the encoding {self.encoding!r}", self.max_freqs
+                )
         problems.raise_if_any()
 
 

@@ -103,7 +103,6 @@ class PixelDecoder(nn.Module):
         self.encoding = encoding
         self.max_freqs = max_freqs
         self.extent = extent
-        self.normalize = tuple(normalize)
         self.workspace = workspace
         self.save_weights = save_weights
         self.embed = nn.Linear(in_channels + max_freqs**2, channels)
@@ -118,9 +117,10 @@ class PixelDecoder(nn.Module):
     ) -> Tensor:
         """image [B, C, H, W], hidden [B, L, D] (activated) -> velocity [B, C, H, W].
 
-        One call of `pixel_decoder`, as long as every part is what the constructor made. Where a part was replaced or
-        wrapped, or has hooks or a `forward` of its own (adapters, checkpointing, `fully_shard` or `torch.compile` of
-        a block), the parts are called one after the other, and memory grows with the image.
+        One call of `pixel_decoder`, as long as every part is what the constructor made, all norms have one eps, and all
+        blocks normalise the same weights. Where a part was replaced or wrapped, or has hooks or a `forward` of its own
+        (adapters, checkpointing, `fully_shard` or `torch.compile` of a block), the parts are called one after the
+        other, and memory grows with the image.
         """
         if not self._is_as_made():
             return self._part_by_part(image, hidden, decoder_scale)
@@ -144,7 +144,13 @@ class PixelDecoder(nn.Module):
             and all(fusable(block.norm) for block in blocks)  # type: ignore[arg-type]
             and type(self.norm) in (RMSNorm, nn.Identity)
             and all(untouched(part) for part in (self.norm, *layers, *blocks))  # type: ignore[arg-type]
+            and len({norm.eps for norm in self._norms()}) <= 1
+            and len({tuple(block.normalize) for block in blocks}) <= 1  # type: ignore[arg-type]
         )
+
+    def _norms(self) -> list[RMSNorm]:
+        norms = [block.norm for block in self.blocks]
+        return [norm for norm in (*norms, self.norm) if isinstance(norm, RMSNorm)]
 
     def _part_by_part(self, image: Tensor, hidden: Tensor, decoder_scale: tuple[float, float]) -> Tensor:
         height, width = scaled_patch(self.patch_size, decoder_scale)
@@ -163,11 +169,12 @@ class PixelDecoder(nn.Module):
         """The parameters as `pixel_decoder` takes them.
 
         Raises:
-            TypeError: a part was replaced by one that these parameters do not tell.
+            TypeError: a part was replaced by one that these parameters do not tell, or differs from its like.
         """
         if not self._is_as_made():
             raise TypeError(
-                "PixelDecoder: a part was replaced, wrapped or hooked; its parameters are not all there is"
+                "PixelDecoder: a part was replaced, wrapped, hooked or set up unlike the others; its parameters are "
+                "not all there is"
             )
         norm = self.norm if isinstance(self.norm, RMSNorm) else None
         blocks = [
@@ -181,7 +188,8 @@ class PixelDecoder(nn.Module):
             norm_weight=None if norm is None else norm.weight,
             linear_weight=self.linear.weight,
             linear_bias=self.linear.bias,
-            normalize=self.normalize,
+            normalize=self.blocks[0].normalize,  # type: ignore[arg-type]
+            norm_eps=self._norms()[0].eps,
             encoding=self.encoding,
             max_freqs=self.max_freqs,
             encoding_extent=self.extent,

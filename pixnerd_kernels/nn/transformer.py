@@ -30,8 +30,10 @@ def rotary_table(
     Token y * width + x turns its channel pairs 0, 1, 2 ... by x w_0, y w_0, x w_1 ..., with positions x in
     linspace(0, extent[0], width) and y in linspace(0, extent[1], height), and w_m = 10000^(-4 m / head_size).
     The official class-to-image model's extent is (16, 16); the text-to-image model's is (height, width),
-    with height along x. Tables are computed once and kept; do not write into them.
+    with height along x. Without a device it is on torch's default one. Tables are computed once and kept; do not write
+    into them.
     """
+    device = torch.get_default_device() if device is None else device
     key = (height, width, head_size, extent, device)
     if key in _tables:
         return _tables[key]
@@ -65,6 +67,7 @@ class Attention(nn.Module):
 
     Raises:
         TypeError: one of them was replaced by another kind of norm.
+        ValueError: their eps differ.
     """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
@@ -82,6 +85,10 @@ class Attention(nn.Module):
         for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
             if not isinstance(norm, RMSNorm):
                 raise TypeError(f"Attention: {name}: expected an RMSNorm, got {type(norm).__name__}")
+        if self.q_norm.eps != self.k_norm.eps:
+            raise ValueError(
+                f"Attention: k_norm.eps: expected q_norm's {self.q_norm.eps}, got {self.k_norm.eps}"
+            )
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, L, 3, heads, d]
         q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, rotary, text_kv, self.q_norm.eps)
         out: Tensor = self.proj(attention(q, k, v).flatten(2))

@@ -95,12 +95,62 @@ def test_loss_draws_from_the_generator_only():
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
     assert torch.equal(torch.random.get_rng_state(), state)
-    with pytest.raises(ValueError, match="y: expected a condition for each of the 2 images"):
+    with pytest.raises(ValueError, match="y: expected a tensor with a condition for each of the 2 images"):
         flow.loss(lambda x, t, y: x, data, torch.zeros(3, dtype=torch.long), null=2)
-    with pytest.raises(ValueError, match=r"noise: expected the shape of data \[2, 1, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"noise: expected a tensor of the shape of data \[2, 1, 4, 4\]"):
         flow.loss(lambda x, t, y: x, data, y, null=2, noise=torch.zeros(2, 1, 4, 5))
     exact = flow.loss(lambda x, t, y: data - 3, data, y, null=2, noise=torch.full((2, 1, 4, 4), 3.0))
     assert exact == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"data": torch.zeros(0, 1, 4, 4), "y": torch.zeros(0, dtype=torch.long)},
+            "data: expected at least one image",
+        ),
+        ({"y": [0, 1]}, "y: expected a tensor with a condition"),
+        ({"null": None}, "null: expected a class id"),
+        ({"noise": 3}, "noise: expected a tensor"),
+        ({"dropout": 2.0}, "dropout: expected at most 1"),
+        ({"shift": 0}, "shift: expected a finite number of at least 1e-30"),
+        ({"model": lambda x, t, y: x[:, :, :1]}, "model: expected a velocity of the shape of data"),
+        ({"model": lambda x, t, y: x.mean()}, "model: expected a velocity of the shape of data"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_a_loss_of_nonsense_is_refused(arguments, message):
+    given = {
+        "model": lambda x, t, y: x,
+        "data": torch.zeros(2, 1, 4, 4),
+        "y": torch.tensor([0, 1]),
+        "null": 2,
+    }
+    with pytest.raises((TypeError, ValueError), match=message):
+        flow.loss(**given | arguments)
+
+
+def test_the_path_keeps_data_s_dtype_and_takes_floating_data_only():
+    data, noise, t = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.float64), torch.tensor([0.0, 0.5, 1.0])
+    out = flow.interpolate(data, noise, t)
+    assert out.dtype == torch.float32
+    assert torch.equal(out[:, 0], t)
+    for arguments, message in (
+        ((data.byte(), noise, t), "data: expected a floating tensor"),
+        ((data, noise[:1], t), r"noise: expected a tensor \[3, 2\]"),
+        ((data, noise, t[:1]), r"t: expected a tensor \[3\]"),
+        ((data, noise, 0.5), r"t: expected a tensor \[3\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            flow.interpolate(*arguments)
+
+
+def test_images_of_one_pixel_are_enlarged():
+    assert torch.equal(flow.scale_data(torch.full((1, 1, 1, 1), 3.0), 2), torch.full((1, 1, 2, 2), 3.0))
+    for function in (flow.scale_data, flow.scale_noise):
+        with pytest.raises(ValueError, match="size: expected an integer of at least 1"):
+            function(torch.zeros(1, 1, 4, 4), 0)
 
 
 def overfit(model, y, null, steps):

@@ -124,8 +124,13 @@ def test_sizes_that_patches_do_not_tile_are_refused(model):
         pictures.decoder_scale(model, 9, 8)
     with pytest.raises(ValueError, match="trained_size: expected a multiple of the patch size 4, got 10"):
         pictures.decoder_scale(model, 10, 10)
-    with pytest.raises(ValueError, match="a class from 0 to 2, got 3"):
-        draw(model, [0, 3])
+    for label in (3, 1.5, "a"):
+        with pytest.raises(ValueError, match=f"a class from 0 to 2, got {label!r}"):
+            draw(model, [0, label])
+    with pytest.raises(ValueError, match="num_steps: expected an integer of at least 1, got 0"):
+        draw(model, [0], num_steps=0)
+    with pytest.raises(ValueError, match="span: expected none"):
+        draw(model, [0], span=(0, 1))
 
 
 def test_a_grid_holds_every_image_in_its_place(tmp_path):
@@ -160,3 +165,17 @@ def test_a_loss_curve_is_a_picture_of_any_length(tmp_path):
         pictures.save_loss_curve(tmp_path / f"{count}.png", torch.rand(count) + 0.1)
         pixels = np.array(Image.open(tmp_path / f"{count}.png").convert("L"))
         assert pixels.min() < 100 < 250 < pixels.max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": torch.zeros(0, 1, 4, 4)}, "images: expected at least one image"),
+        ({"images": torch.zeros(4, 4)}, r"images: expected \[n, C, H, W\]"),
+        ({"columns": 0}, "columns: expected an integer of at least 1"),
+        ({"columns": -1}, "columns: expected an integer of at least 1"),
+    ],
+)
+def test_a_grid_of_nothing_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pictures.grid(**{"images": torch.zeros(2, 1, 4, 4)} | arguments)

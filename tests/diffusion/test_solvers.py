@@ -157,3 +157,51 @@ def test_bad_arguments_are_named_together():
         sample(velocity, noise, condition, num_steps=2, span=(1, 3))
     with pytest.raises(TypeError, match=r"span: expected a pair of integers"):
         sample(velocity, noise, condition, num_steps=2, span=(0, 1.5))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "adams"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_x_keeps_the_dtype_of_noise(solver, dtype):
+    """Whatever the velocity's, in every step: a model takes x in its weights' dtype."""
+    seen = []
+
+    def wide(x, t, condition):
+        seen.append(x.dtype)
+        return velocity(x.double(), t.double(), condition)
+
+    out = sample(wide, TENSORS["noise"].to(dtype), TENSORS["cond"], solver=solver, num_steps=3)
+    assert {out.dtype, *seen} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"velocity": None}, "velocity: expected a function"),
+        ({"on_step": 3}, "on_step: expected a function"),
+        ({"guidance": -float("inf")}, "guidance: expected a finite number"),
+        ({"guidance_interval": 0.5}, "guidance_interval: expected a pair of times"),
+        ({"guidance_interval": ("a", 1)}, "guidance_interval: expected a number"),
+        ({"guidance_interval": (1, 0)}, "guidance_interval: expected low not above high"),
+        ({"last_step": "x"}, "last_step: expected a number"),
+        ({"last_step": 1e-9}, "last_step: expected values that leave each of 4 steps some length"),
+        ({"last_step": 1.0}, "last_step: expected values that leave each of 4 steps some length"),
+        ({"timeshift": 1e39}, "timeshift: expected values that leave each of 4 steps some length"),
+        ({"timeshift": 1e-300}, "timeshift: expected values that leave each of 4 steps some length"),
+        (
+            {"guidance": 2.0, "uncondition": TENSORS["cond"][..., None]},
+            "uncondition: expected the shape of condition",
+        ),
+        ({"velocity": lambda x, t, c: x[:, :1]}, "velocity: expected a result of x's shape"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_a_nonsensical_argument_is_named(arguments, message):
+    given = {"velocity": velocity, "noise": TENSORS["noise"], "condition": TENSORS["cond"], "num_steps": 4}
+    with pytest.raises((TypeError, ValueError), match=message):
+        sample(**given | arguments)
+
+
+@pytest.mark.parametrize("count", [0, 1.5, None])
+def test_a_number_of_steps_is_named(count):
+    with pytest.raises((TypeError, ValueError), match="num_steps: expected an integer"):
+        time_steps(count)

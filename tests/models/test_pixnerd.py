@@ -234,5 +234,9 @@ def test_every_problem_is_named():
         ValueError, match=r"num_heads: expected an integer of at least 1, got 0 .*; encoding: "
     ):
         models.PixNerdConfig(30, 0, 1, 1, encoding="fourier")
+    with pytest.raises(
+        ValueError, match=r"max_freqs: expected an even number for the encoding 'rope', got 3"
+    ):
+        models.PixNerdConfig(32, 2, 1, 1, encoding="rope", max_freqs=3)
     with pytest.raises(ValueError, match=r"multiple of 4 \* num_heads = 16"):
         models.PixNerdConfig(40, 4, 1, 1)

@@ -117,8 +117,47 @@ def test_what_is_put_in_is_called(fused, change):
     if change is adapted_generator:
         out.sum().backward()
         assert head.blocks[1].generator.more.grad.abs() > 0
-    with pytest.raises(TypeError, match="a part was replaced, wrapped or hooked"):
+    with pytest.raises(TypeError, match="a part was replaced, wrapped, hooked"):
         head.params()
+
+
+def other_eps_everywhere(head):
+    for norm in (head.norm, *(block.norm for block in head.blocks)):
+        norm.eps = 0.5
+
+
+def other_weights_normalised(head):
+    for block in head.blocks:
+        block.normalize = ("w1",)
+
+
+def another_eps_of_one_norm(head):
+    head.blocks[1].norm.eps = 0.5
+
+
+def another_weight_normalised_in_one_block(head):
+    head.blocks[0].normalize = ("w2",)
+
+
+@pytest.mark.parametrize(
+    ("change", "calls"),
+    [
+        (other_eps_everywhere, 1),
+        (other_weights_normalised, 1),
+        (another_eps_of_one_norm, 0),
+        (another_weight_normalised_in_one_block, 0),
+    ],
+)
+def test_attributes_of_the_parts_hold(fused, change, calls):
+    """In the one call, or where it knows one value for all, part by part."""
+    head, image, hidden = made(), *inputs()
+    before = head(image, hidden)
+    fused.clear()
+    change(head)
+    out = head(image, hidden)
+    assert len(fused) == calls
+    assert (out - before).norm() > 0.01 * before.norm()
+    torch.testing.assert_close(out, head._part_by_part(image, hidden, (1.0, 1.0)))
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from pixnerd_kernels.nn import DiTBlock
+from pixnerd_kernels.nn.transformer import Attention
 
 
 def made():
@@ -52,3 +53,15 @@ def test_another_norm_of_queries_is_refused(given):
     block.attn.k_norm = nn.LayerNorm(8)
     with pytest.raises(TypeError, match="k_norm: expected an RMSNorm, got LayerNorm"):
         block(*given)
+
+
+def test_norms_of_queries_and_keys_have_one_eps():
+    """The op takes one for both."""
+    attention = Attention(32, 2)
+    x = torch.randn(1, 4, 32)
+    before = attention(x)
+    attention.q_norm.eps = attention.k_norm.eps = 1.0
+    assert not torch.allclose(attention(x), before)
+    attention.k_norm.eps = 0.5
+    with pytest.raises(ValueError, match=r"k_norm.eps: expected q_norm's 1.0, got 0.5"):
+        attention(x)

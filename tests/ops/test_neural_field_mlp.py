@@ -322,3 +322,44 @@ def test_many_patches_over_threads_equal_each_patch_alone(core, threads):
     plain, exact = plain_and_exact(case, case.inputs(), upstream)
     for name in ("y", "x"):
         assert relative(together[name], exact[name]) < 4 * relative(plain[name], exact[name])
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_columns_of_one_row(any_isa, gated):
+    """A weight of one row is 1 or -1 once normalised, and has no gradient."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 20, 1, generator=draw).requires_grad_()
+    params = torch.randn(3, 3 if gated else 2, generator=draw).requires_grad_()
+    y = neural_field_mlp_packed(x, params, hidden=1, gated=gated)
+    y.square().sum().backward()
+    assert x.grad.abs().min() > 0
+    assert torch.equal(params.grad, torch.zeros_like(params))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+def test_nan_reaches_the_gradients(backend, activation):
+    """As in plain PyTorch, whose relu lets gradients pass at NaN: no zero may say that all is well."""
+    act = {"silu": F.silu, "gelu": lambda z: F.gelu(z, approximate="tanh"), "relu": F.relu}[activation]
+    found = []
+    for ours in (True, False):
+        x = torch.full((1, 4, 2), torch.nan, requires_grad=True)
+        w1, w2 = (torch.ones(shape, requires_grad=True) for shape in ((1, 2, 3), (1, 3, 2)))
+        if ours:
+            y = neural_field_mlp(x, w1, w2, activation=activation, residual=False, normalize=())
+        else:
+            y = act(x @ w1) @ w2
+        y.sum().backward()
+        found.append([x.grad, w1.grad, w2.grad])
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.isnan().any() or theirs.all()
+        assert (ours.isnan() | (ours == theirs)).all()
+        assert ours.isnan()[theirs.isnan()].all()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_what_is_left_of_a_saturated_unit_does_not_grow(backend, activation):
+    """Less than the least float32: no weight brings it back."""
+    x = torch.full((1, 3, 1), -200.0)
+    w1, w2 = torch.ones(1, 1, 4), torch.full((1, 4, 1), 1e35)
+    out = neural_field_mlp(x, w1, w2, normalize=(), activation=activation, residual=False)
+    assert torch.equal(out, torch.zeros(1, 3, 1))

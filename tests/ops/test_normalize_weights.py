@@ -63,6 +63,18 @@ def test_like_normalize(backend, shape, dim, dtype):
     assert out["w"].is_contiguous()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 33), (5, 1, 17), (40, 1, 1)], ids=str)
+def test_columns_of_one_row(backend, shape):
+    """Normalised they are 1 or -1, whatever the weight: the gradient is zero and not what rounding leaves of it."""
+    w = normal(*shape) * 1e-9
+    upstream = normal(*shape, seed=1)
+    out = run(normalize_weights, w, upstream)
+    torch.testing.assert_close(out["out"], w.sign())
+    assert torch.equal(out["w"], torch.zeros(shape))
+    out = run(lambda w: normalize_weights(w, eps=1e-3), w, upstream)
+    torch.testing.assert_close(out["w"], upstream / 1e-3)
+
+
 def test_defaults(backend):
     w = normal(3, 16, 24)
     assert torch.equal(normalize_weights(w), normalize_weights(w, -2, 1e-12))

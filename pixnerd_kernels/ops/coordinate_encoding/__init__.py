@@ -15,6 +15,8 @@ from pixnerd_kernels.ops.library import Passed, module, register, watched
 _passed = Passed()
 
 KINDS = ("dct", "dct_integer", "dct_paper", "dct_aligned", "rope", "sincos")
+#: Those whose max_freqs is even.
+EVEN_KINDS = ("rope", "sincos")
 
 
 def coordinate_encoding(
@@ -81,7 +83,7 @@ def _check(
     problems.count("width", width)
     counted = problems.count("max_freqs", max_freqs, maximum=4096)
     problems.choice("kind", kind, KINDS)
-    if counted and kind in ("rope", "sincos") and max_freqs % 2:
+    if counted and kind in EVEN_KINDS and max_freqs % 2:
         problems.add("max_freqs", f"an even number for kind {kind!r}", max_freqs)
     if dtype not in FLOATS:
         problems.add_type("dtype", "torch.float32, float64, bfloat16 or float16", dtype)

@@ -76,7 +76,8 @@ def gated_residual_rms_norm(
         (z, n), both [B, L, D] in x's dtype, contiguous: z = x + gate * y and n = modulated_rms_norm(z, ...), taken of
         z before it is rounded.
 
-    Saved for backward: z, y, gate, weight and scale. The rest as in the two ops that this one joins.
+    Saved for backward: z, y, gate, weight and scale. Backward normalises that z, which half precision has rounded: the
+    gradient of weight is as inexact, in float32 too. The rest as in the two ops that this one joins.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in the two ops.

@@ -185,14 +185,17 @@ def unit_columns(w, eps, first, COUNT: tl.constexpr, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def unit_columns_grad(w, squares, projection, gradient, eps, NORMALIZE: tl.constexpr):
-    """Gradient of the raw w from that of its normalised columns.
+def unit_columns_grad(w, squares, projection, gradient, eps, ROWS: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Gradient of the raw w from that of its normalised columns of ROWS numbers: of one, they are 1 or -1.
 
     squares: sum of w² over each whole column; projection: sum of w * gradient over it; both to be broadcast with w.
     """
     if NORMALIZE:
         scale = inverse_norm(squares, eps)
-        shift = tl.where(tl.rsqrt(squares) > scale, 0.0, projection * scale * scale)
+        clamped = tl.rsqrt(squares) > scale
+        shift = tl.where(clamped, 0.0, projection * scale * scale)
+        if ROWS == 1:
+            scale = tl.where(clamped, scale, 0.0)
         gradient = scale * (gradient - w.to(tl.float32) * shift)
     return gradient
 

@@ -29,7 +29,9 @@ _GELU_B = 0.044715
 def activate(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """The activation and its derivative, both of z's shape."""
     if activation == "relu":
-        return torch.relu(z), (z > 0).to(z.dtype)
+        return torch.relu(z), (z <= 0).logical_not().to(
+            z.dtype
+        )  # NaN has a slope, so that it reaches the gradients
     if activation == "silu":
         s = torch.sigmoid(z)
         return z * s, s * (1 + z * (1 - s))
@@ -49,8 +51,10 @@ def weight_grad(w: Tensor, scale: Tensor, grad: Tensor, normalize: bool, eps: fl
     """Gradient of the raw weight from `grad`, that of the scaled weight w * scale."""
     if not normalize:
         return grad
-    projection = (w * grad).sum(-2, keepdim=True) * scale.square()
     clamped = torch.linalg.vector_norm(w, dim=-2, keepdim=True) < eps
+    if w.shape[-2] == 1:  # normalised, it is 1 or -1
+        return grad * torch.where(clamped, scale, torch.zeros_like(scale))
+    projection = (w * grad).sum(-2, keepdim=True) * scale.square()
     return scale * (grad - w * torch.where(clamped, torch.zeros_like(projection), projection))
 
 

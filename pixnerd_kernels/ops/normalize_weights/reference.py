@@ -24,6 +24,8 @@ def backward(grad: Tensor, w: Tensor, dim: int, eps: float) -> Tensor:
     wide, grad = w.to(compute_dtype(w.dtype)), grad.to(compute_dtype(w.dtype))
     norm = torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
     inverse = 1 / norm.clamp_min(eps)
+    if w.shape[dim] == 1:  # normalised, it is 1 or -1
+        inverse = torch.where(norm < eps, inverse, torch.zeros_like(inverse))
     projection = (wide * grad).sum(dim, keepdim=True) * inverse.square()
     projection = torch.where(norm < eps, torch.zeros_like(projection), projection)
     return ((grad - wide * projection) * inverse).to(w.dtype).contiguous()

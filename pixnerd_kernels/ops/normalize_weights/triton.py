@@ -54,7 +54,11 @@ def normalize_weights_columns(
             squares += tl.sum(tile * tile, 0)
             products += tl.sum(tile * g, 0)
     scale = inverse_norm(squares, eps)
-    shift = tl.where(tl.sqrt(squares) < eps, 0.0, products * scale * scale)
+    clamped = tl.sqrt(squares) < eps
+    shift = tl.where(clamped, 0.0, products * scale * scale)
+    if BACKWARD:
+        # A single row, normalised, is 1 or -1.
+        scale = tl.where(clamped | (rows > 1), scale, 0.0)
     if WHOLE:
         if BACKWARD:
             tile = g - tile * shift[None, :]

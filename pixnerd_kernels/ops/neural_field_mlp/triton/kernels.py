@@ -325,7 +325,7 @@ def backward_patch(
                 tl.debug_barrier()
                 for p in tl.static_range(PIECES):
                     d_scaled = in_columns(sum2[p], again2[p])
-                    d_raw = unit_columns_grad(again2[p], whole2, along2, d_scaled, weight_eps, UNIT2)
+                    d_raw = unit_columns_grad(again2[p], whole2, along2, d_scaled, weight_eps, HIDDEN, UNIT2)
                     store_columns(d2, d2_row, p * PIECE, 0, HIDDEN, CHANNELS, d_raw, EMULATE)
         if CHUNKS > 1:
             # What one thread stored to scratch another may load.
@@ -338,7 +338,7 @@ def backward_patch(
             d_raw = tl.load(waiting, mask=inside, other=0.0)
             again = load_tile(w2, hidden, w2_row, channels, HIDDEN, CHANNELS)
             d_raw = unit_columns_grad(
-                again, squares2[None, :], projection2[None, :], d_raw, weight_eps, UNIT2
+                again, squares2[None, :], projection2[None, :], d_raw, weight_eps, HIDDEN, UNIT2
             )
             tl.debug_barrier()  # d2 may be w2 itself
             store_tile(d2, hidden, d2_row, channels, HIDDEN, CHANNELS, d_raw, EMULATE)

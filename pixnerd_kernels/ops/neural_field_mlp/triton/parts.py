@@ -159,7 +159,7 @@ def finish_input_weight(
         if NORM:
             gradient *= of_rows(weight, raw)
             product *= of_rows(weight, raw)
-        gradient = unit_columns_grad(raw, squares, sum_of_columns(product), gradient, eps, UNIT)
+        gradient = unit_columns_grad(raw, squares, sum_of_columns(product), gradient, eps, CHANNELS, UNIT)
         store_columns(target, row_stride, 0, first, CHANNELS, HIDDEN, gradient, EMULATE)
     return d_norm
 
