@@ -161,8 +161,8 @@ PIXNERD_INLINE void sigmoid(Vec<T> x, Vec<T>& s, Vec<T>& complement) {
 template <class T>
 PIXNERD_INLINE Vec<T> times_sigmoid(Vec<T> z, Vec<T> x) {
   constexpr T kLowest = sizeof(T) == 4 ? T(-87) : T(-708);
-  const Vec<T> product = z * reciprocal(T(1) + exp(-x));
-  return x < kLowest ? Vec<T>{} : product;
+  const Vec<T> s = reciprocal(T(1) + exp(-x));
+  return z * (x < kLowest ? Vec<T>{} : s);  // by multiplying, which makes NaN of an infinite z
 }
 
 template <class T>
