@@ -157,7 +157,7 @@ PIXNERD_INLINE void sigmoid(Vec<T> x, Vec<T>& s, Vec<T>& complement) {
   complement = x < kLowest ? broadcast(T(1)) : complement;
   complement = x > -kLowest ? Vec<T>{} : complement;
 }
-// z * sigmoid(x) for x that grows with z. Where exp saturates it is zero: z times 2e-38 would grow again.
+// z * sigmoid(x) for x that grows with z. Below -87, where exp saturates, it is zero: z times 2e-38 would grow again.
 template <class T>
 PIXNERD_INLINE Vec<T> times_sigmoid(Vec<T> z, Vec<T> x) {
   constexpr T kLowest = sizeof(T) == 4 ? T(-87) : T(-708);

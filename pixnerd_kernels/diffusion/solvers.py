@@ -57,7 +57,8 @@ def sample(
         order: Adams' order, 1 to 4, reached after as many steps.
         guidance_interval: guidance holds for low < t < high, open at both ends; Heun ignores it.
         timeshift: above 1 spends more steps near the noise, see `flow.shift_time`.
-        last_step: length of the last step before the shift; None is 1 / num_steps. No step may be lost in float32.
+        last_step: length of the last step before the shift; None is 1 / num_steps. Every step must have some length in
+            float32.
         exact_heun: evaluate the predictor's velocity anew in every step.
         span: (first, last) makes the steps first to last - 1 of the num_steps alone, from noise, which is then x at
             the first one's time, to the result, x at the last one's end; Adams and Heun start anew. None is all.
@@ -151,8 +152,10 @@ def _adams(field: Callable[[Tensor, int], Tensor], x: Tensor, times: Tensor, ord
     for index, length in enumerate(lengths):
         velocities = [*velocities[1 - order :], field(x, index)] if order > 1 else [field(x, index)]
         weights = adams_weights(times[: index + 2], len(velocities)).tolist()
+        there = x
         for weight, v in zip(weights, velocities, strict=True):
-            x = (x + (weight * length) * v).to(x.dtype)
+            there = there + (weight * length) * v
+        x = there.to(x.dtype)  # rounded once a step
         yield x
 
 

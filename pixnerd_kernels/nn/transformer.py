@@ -33,7 +33,7 @@ def rotary_table(
     with height along x. Without a device it is on torch's default one. Tables are computed once and kept; do not write
     into them.
     """
-    device = torch.get_default_device() if device is None else device
+    device = torch.empty(0).device if device is None else device
     key = (height, width, head_size, extent, device)
     if key in _tables:
         return _tables[key]

@@ -358,7 +358,7 @@ def test_nan_reaches_the_gradients(backend, activation):
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_what_is_left_of_a_saturated_unit_does_not_grow(backend, activation):
-    """Less than the least float32: no weight brings it back."""
+    """Zero, as in plain PyTorch, where exp has no more float32: no weight brings it back."""
     x = torch.full((1, 3, 1), -200.0)
     w1, w2 = torch.ones(1, 1, 4), torch.full((1, 4, 1), 1e35)
     out = neural_field_mlp(x, w1, w2, normalize=(), activation=activation, residual=False)

@@ -301,7 +301,7 @@ def test_inputs_of_a_class_of_their_own(core_calls):
         pass
 
     module, twin = block(), block()
-    pk.patch(module)
+    assert the_field(pk.patch(module)).status == "replaced"
     core_calls.clear()
     x, s = made()
     out = module(x.as_subclass(Marked), s)
@@ -313,7 +313,7 @@ def test_inputs_of_a_class_of_their_own(core_calls):
 def test_hidden_states_of_another_rank(core_calls):
     """[N, 1, D] in place of [N, D]: the formula allows it, the op does not."""
     module, twin = block(), block()
-    pk.patch(module, ops=FIELD)
+    assert the_field(pk.patch(module, ops=FIELD)).status == "replaced"
     core_calls.clear()
     x, s = made()
     assert torch.equal(module(x, s[:, None]), twin(x, s[:, None]))

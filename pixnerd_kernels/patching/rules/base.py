@@ -146,23 +146,12 @@ def norm_eps(module: nn.Module) -> float | None:
         if isinstance(value, float) and hasattr(module, name):
             return value
         unsaid |= value is None
-    if not unsaid:
-        return 1e-6
-    for dtype in FLOATS:
-        eps_at(None, dtype)
-    return None
+    return None if unsaid else 1e-6
 
 
 def eps_at(eps: float | None, dtype: torch.dtype) -> float:
     """What a norm of x in this dtype adds to the mean square."""
-    if eps is not None:
-        return eps
-    if dtype not in _smallest:  # what a compiler reads is there: `norm_eps` has asked
-        _smallest[dtype] = _implied_eps(dtype)
-    return _smallest[dtype]
-
-
-_smallest: dict[torch.dtype, float] = {}
+    return _SMALLEST[dtype] if eps is None else eps
 
 
 def _implied_eps(dtype: torch.dtype) -> float:
@@ -173,6 +162,10 @@ def _implied_eps(dtype: torch.dtype) -> float:
         return own
     normed = F.rms_norm(torch.full((8,), 2.0**-12, dtype=dtype, device="cpu"), (8,))[0].item()
     return min(own, wide, key=lambda eps: abs(normed - 2.0**-12 * (2.0**-24 + eps) ** -0.5))
+
+
+#: Known before a compiler reads it, in a process too that only unpickles a patched model.
+_SMALLEST = {dtype: _implied_eps(dtype) for dtype in FLOATS}
 
 
 #: Sizes of the probe's rows: among them small ones, for which a norm's eps matters.
