@@ -65,12 +65,15 @@ class Problems:
         if value not in allowed:
             self.add(argument, "one of " + ", ".join(repr(name) for name in allowed), value)
 
-    def number(self, argument: str, value: object, minimum: float = 0.0) -> None:
-        """Check for a finite number of at least `minimum`."""
+    def number(self, argument: str, value: object, minimum: float = 0.0) -> bool:
+        """Check for a finite number of at least `minimum`; True when it is one."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.add_type(argument, "a number", value)
-        elif not minimum <= value <= 1e300:
+            return False
+        if not minimum <= value <= 1e300:
             self.add(argument, f"a finite number of at least {minimum:g}", value)
+            return False
+        return True
 
     def count(self, argument: str, value: object, minimum: int = 1, maximum: int = 2**31 - 1) -> bool:
         """Check for an integer from `minimum` to `maximum`; True when it is one."""

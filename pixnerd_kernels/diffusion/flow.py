@@ -146,10 +146,8 @@ def loss(
         problems.add_type("null", "a class id, or the features of an empty text", null)
     elif isinstance(y, Tensor) and (null.shape if isinstance(null, Tensor) else ()) != y.shape[1:]:
         problems.add("null", f"the shape of one image's condition {list(y.shape[1:])}", null)
-    for name, value, most in (("dropout", dropout, 1.0), ("shift", shift, 1e30)):
-        before = len(problems.lines)
-        problems.number(name, value, minimum=0.0 if name == "dropout" else 1e-30)
-        if len(problems.lines) == before and value > most:
+    for name, value, least, most in (("dropout", dropout, 0.0, 1.0), ("shift", shift, 1e-30, 1e30)):
+        if problems.number(name, value, least) and value > most:
             problems.add(name, f"at most {most:g}", value)
     problems.raise_if_any()
     t = sample_times(data.shape[0], shift=shift, generator=generator, device=data.device)

@@ -147,9 +147,7 @@ def _draw(
     problems.count("num_steps", solver.get("num_steps"))
     if "span" in solver:
         problems.add("span", "none: all steps are drawn", solver["span"])
-    before = len(problems.lines)
-    problems.number("fine_from", fine_from)
-    if len(problems.lines) == before and fine_from >= 1:
+    if problems.number("fine_from", fine_from) and fine_from >= 1:
         problems.add("fine_from", "a time from 0 to below 1", fine_from)
     problems.raise_if_any()
     scale = decoder_scale(model, size, trained_size)

@@ -210,10 +210,8 @@ def _check(
     if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
         problems.add_type("guidance_interval", "a pair of times (low, high)", guidance_interval)
     else:
-        before = len(problems.lines)
-        for time in guidance_interval:
-            problems.number("guidance_interval", time, minimum=-1e300)
-        if len(problems.lines) == before and guidance_interval[0] > guidance_interval[1]:
+        numbers = [problems.number("guidance_interval", time, minimum=-1e300) for time in guidance_interval]
+        if all(numbers) and guidance_interval[0] > guidance_interval[1]:
             problems.add("guidance_interval", "low not above high", guidance_interval)
     _check_steps(problems, num_steps if counted else 1, timeshift, last_step)
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() == 0:
@@ -234,14 +232,9 @@ def _check(
 def _check_steps(problems: Problems, num_steps: int, timeshift: float, last_step: float | None) -> None:
     """Both are numbers that leave no step without length."""
     before = len(problems.lines)
-    problems.number("timeshift", timeshift)
-    if last_step is not None:
-        problems.number("last_step", last_step)
-    if len(problems.lines) > before:
-        return
-    if timeshift == 0:
+    if problems.number("timeshift", timeshift) and timeshift == 0:
         problems.add("timeshift", "more than 0", timeshift)
-    if last_step is not None and not 0 < last_step <= 1:
+    if last_step is not None and problems.number("last_step", last_step) and not 0 < last_step <= 1:
         problems.add("last_step", "more than 0 and at most 1", last_step)
     if len(problems.lines) > before:
         return

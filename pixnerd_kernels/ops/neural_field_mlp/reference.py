@@ -29,9 +29,8 @@ _GELU_B = 0.044715
 def activate(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """The activation and its derivative, both of z's shape."""
     if activation == "relu":
-        return torch.relu(z), (z <= 0).logical_not().to(
-            z.dtype
-        )  # NaN has a slope, so that it reaches the gradients
+        # NaN has a slope, so that it reaches the gradients.
+        return torch.relu(z), (z <= 0).logical_not().to(z.dtype)
     if activation == "silu":
         s = torch.sigmoid(z)
         return z * s, s * (1 + z * (1 - s))

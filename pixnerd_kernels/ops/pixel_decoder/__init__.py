@@ -128,10 +128,8 @@ def _check_patch(
     if not isinstance(decoder_scale, (tuple, list)) or len(decoder_scale) != 2:
         problems.add_type("decoder_scale", "a pair (sh, sw)", decoder_scale)
         return None
-    before = len(problems.lines)
-    for scale in decoder_scale:
-        problems.number("decoder_scale", scale)
-    if not counted or len(problems.lines) > before:
+    numbers = [problems.number("decoder_scale", scale) for scale in decoder_scale]
+    if not counted or not all(numbers):
         return None
     assert isinstance(patch_size, int)
     height, width = scaled_patch(patch_size, decoder_scale)

@@ -189,8 +189,9 @@ class OfficialHeadRule:
         given: Any = module
         blocks = list(given.blocks)
         first = next((i for i, block in enumerate(blocks) if hasattr(block, "param_generator1")), len(blocks))
-        layers = [generating_layer(getattr(block, "param_generator1", module)) for block in blocks[first:]]
-        if kinds := unreadable(getattr(block, "param_generator1", module) for block in blocks[first:]):
+        generators = [getattr(block, "param_generator1", module) for block in blocks[first:]]
+        layers = [generating_layer(generator) for generator in generators]
+        if kinds := unreadable(generators):
             return Left(f"its generating layers are or hold {kinds}, which the op cannot read")
         norms = {norm_weight(getattr(block, "norm", module)) for block in blocks[first:]}
         final, embedder = given.final_layer, generating_layer(getattr(given.x_embedder, "embedder", module))

@@ -125,9 +125,10 @@ class RadianceHeadRule:
         size = getattr(params, "patch_size", None)
         embedder = generating_layer(getattr(children[_EMBEDDER], "embedder", module))
         blocks = list(children[_BLOCKS].children())
-        if kinds := unreadable(getattr(block, "param_generator", module) for block in blocks):
+        layers = [getattr(block, "param_generator", module) for block in blocks]
+        if kinds := unreadable(layers):
             return Left(f"its generating layers are or hold {kinds}, which would all be unpacked at once")
-        generators = [generating_layer(getattr(block, "param_generator", module)) for block in blocks]
+        generators = [generating_layer(layer) for layer in layers]
         norms = {norm_weight(getattr(block, "norm", module)) for block in blocks}
         if (
             not isinstance(size, int)
