@@ -10,6 +10,7 @@ from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.models.base import PixNerdBase
 from pixnerd_kernels.models.config import PixNerdConfig
 from pixnerd_kernels.nn import DiTBlock, PixelDecoder, TimestepEmbedding, rotary_table
+from pixnerd_kernels.ops.library import watched
 
 
 class PixNerd(PixNerdBase):
@@ -63,7 +64,7 @@ class PixNerd(PixNerdBase):
             problems.add("y", f"the shape [{batch}], one for each image", y)
         if not isinstance(y, Tensor) or y.dtype not in (torch.int64, torch.int32):
             problems.add_type("y", "an integer tensor [B]", y)
-        elif y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel():
+        elif y.device.type == "cpu" and not watched() and y.numel():
             low, high = int(y.min()), int(y.max())
             if low < 0 or high > self.null_class:
                 expected = f"classes 0 to {self.null_class - 1} ({self.null_class} is no class)"

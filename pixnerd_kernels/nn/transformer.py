@@ -15,7 +15,7 @@ from pixnerd_kernels.ops import (
     modulated_rms_norm,
     qk_norm_rope,
 )
-from pixnerd_kernels.ops.tables import lasting
+from pixnerd_kernels.ops.tables import kept
 
 
 def rotary_table(
@@ -35,14 +35,7 @@ def rotary_table(
     """
     device = torch.empty(0).device if device is None else device
     key = (height, width, head_size, extent, device)
-    if key in _tables:
-        return _tables[key]
-    # Outside of inference mode, whose tensors autograd would refuse later.
-    with torch.inference_mode(False):
-        table = _rotary_table(height, width, head_size, extent, device)
-    if lasting(table):
-        _tables[key] = table
-    return table
+    return kept(_tables, key, lambda: _rotary_table(*key))
 
 
 _tables: dict[tuple[object, ...], Tensor] = {}

@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 LIBRARY = torch.library.Library("pixnerd", "DEF")
 
+#: vmap's tensors, and those of gradients that are computed several at a time.
+_BATCHED = ("FuncTorchBatched", "Batched")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def register(schema: str, implementation: Callable, fake: Callable) -> None:
     """Define ``pixnerd::<schema>``: one implementation for every device, and its fake for tracing.
 
-    The implementation chooses the backend. Gradients need `register_autograd`; backward ops, `refuse_gradients`.
+    The implementation chooses the backend. Gradients need `register_autograd`; backward ops, `register_gradients`.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
@@ -32,13 +35,42 @@ def register(schema: str, implementation: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"pixnerd::{name}", fake, lib=LIBRARY)
 
 
-def register_autograd(name: str, apply: Callable) -> None:
+def register_autograd(name: str, apply: Callable, formula: Callable) -> None:
     """Register a torch.autograd.Function's `apply` as the op's Autograd kernel.
 
     The function's forward calls the op again below autograd. This costs half of what
     `torch.library.custom_op` with `register_autograd` does per call.
+
+    formula: the op in plain PyTorch, out of place. Tangents (forward mode) and the transforms of torch.func, which a
+    kernel knows nothing of, go through it.
     """
-    LIBRARY.impl(name, apply, "Autograd")
+
+    def kernel(*args: Any) -> Any:
+        return formula(*args) if _transformed(args) else apply(*args)
+
+    LIBRARY.impl(name, kernel, "Autograd")
+    for batched in _BATCHED:
+        LIBRARY.impl(name, formula, batched)
+
+
+def by_reference(implementation: Callable) -> Callable:
+    """The formula of an op whose reference works out of place: what it computes where that backend is forced."""
+
+    def formula(*args: Any) -> Any:
+        return implementation(*args[:-1], "reference")
+
+    return formula
+
+
+def _transformed(args: Any) -> bool:
+    """Whether a transform of torch.func is active, or a tensor has a tangent."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(leaf).tangent is not None
+        for leaf in tree_leaves(args)
+        if isinstance(leaf, torch.Tensor)
+    )
 
 
 def watched() -> bool:
@@ -169,35 +201,63 @@ def module(op: str, backend: str) -> Any:
     return importlib.import_module(f"pixnerd_kernels.ops.{op}.{backend}")
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """A backward op whose results are in the graph, so that differentiating them is an error and not a zero."""
+class _Gradients(torch.autograd.Function):
+    """A backward op that can be differentiated, by its formula. It takes the op's arguments flattened: autograd does
+    not look into lists."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, count: int, *args: Any) -> Any:
-        ctx.name = name
+    def forward(ctx: Any, name: str, formula: Callable, structure: TreeSpec, *leaves: Any) -> Any:
+        ctx.formula, ctx.structure = formula, structure
+        ctx.others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*(leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves))
         with torch._C._AutoDispatchBelowAutograd():
-            out = getattr(torch.ops.pixnerd, name)(*args[:count])
+            out = getattr(torch.ops.pixnerd, name)(*tree_unflatten(leaves, structure))
         return tuple(out) if isinstance(out, list) else out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        op = ctx.name.removesuffix("_backward")
-        raise RuntimeError(f"pixnerd::{op} can be differentiated once only: it has no second derivative")
+        again = torch.is_grad_enabled()
+        needs = ctx.needs_input_grad[3:]
+        with torch.enable_grad():
+            # Views, so that a tensor that is two arguments gets the gradient of each.
+            leaves = [
+                other if tensor is None else tensor.view_as(tensor) if need else tensor
+                for tensor, other, need in zip(ctx.saved_tensors, ctx.others, needs, strict=True)
+            ]
+            out = ctx.formula(*tree_unflatten(leaves, ctx.structure))
+            outs = [out] if isinstance(out, torch.Tensor) else out
+            reached = [
+                (result, grad) for result, grad in zip(outs, grads, strict=True) if result.requires_grad
+            ]
+            inputs = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+            found = iter(
+                torch.autograd.grad(
+                    [result for result, _ in reached],
+                    inputs,
+                    [grad for _, grad in reached],
+                    create_graph=again,
+                    allow_unused=True,
+                )
+            )
+        return None, None, None, *(next(found) if need else None for need in needs)
 
 
-def refuse_gradients(name: str) -> None:
-    """Make the gradients that backward op `name` returns raise RuntimeError when they are differentiated."""
+def register_gradients(name: str, formula: Callable) -> None:
+    """Make the gradients that backward op `name` returns differentiable, any number of times, by its formula.
+
+    formula: the op in plain PyTorch, out of place.
+    """
 
     def kernel(*args: Any) -> Any:
-        # Autograd does not look into lists: their tensors follow the arguments.
-        listed = [
-            item
-            for arg in args
-            if isinstance(arg, (list, tuple))
-            for item in arg
-            if isinstance(item, torch.Tensor)
-        ]
-        out = _OnceDifferentiable.apply(name, len(args), *args, *listed)
+        if _transformed(args):
+            return formula(*args)
+        if not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(torch.ops.pixnerd, name)(*args)
+        leaves, structure = tree_flatten(args)
+        out = _Gradients.apply(name, formula, structure, *leaves)
         return list(out) if isinstance(out, tuple) else out
 
     LIBRARY.impl(name, kernel, "Autograd")
+    for batched in _BATCHED:
+        LIBRARY.impl(name, formula, batched)

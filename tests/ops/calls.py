@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from derivatives import BY_KERNELS, KINDS, assert_derivatives
 from fields import drawn
 from tolerance import assert_within
 from torch import Tensor
@@ -220,14 +221,12 @@ class Matrix:
             tensors[name].view(-1)[0] = torch.nan
             assert any(out.isnan().any() for out in first.outputs(first.op, tensors).values()), name
 
-    def test_differentiating_twice_raises(self, any_isa, first):
-        leaves = {name: tensor.requires_grad_() for name, tensor in first.inputs().items()}
-        out = first.outputs(first.op, leaves)
-        total = sum(tensor.square().sum() for tensor in out.values())
-        gradients = torch.autograd.grad(total, tuple(leaves.values()), create_graph=True)
-        for gradient in gradients[-1:]:
-            with pytest.raises(RuntimeError, match="can be differentiated once only"):
-                gradient.square().sum().backward()
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_derivatives(self, any_isa, call, kind, dtype):
+        any_isa.may_idle = kind not in BY_KERNELS
+        op, plain = (lambda f=f, **tensors: call.outputs(f, tensors).values() for f in (call.op, call.plain))
+        assert_derivatives(kind, op, plain, call.inputs(dtype))
 
     def test_autocast(self, any_isa, first):
         """Inputs are cast first, weights are not, and gradients come back in the inputs' own dtypes."""

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixnerd_kernels.ops.attention import _first, attention, flash, not_supported_reasons, select
 
@@ -209,3 +210,41 @@ def test_a_cpu_takes_torchs_kernel():
         ValueError, match="backend: expected one of 'auto', 'flash3', 'flash4', 'flash2', 'sdpa'"
     ):
         attention(*[torch.zeros(1, 3, 2, 8)] * 3, backend="flash")
+
+
+def test_derivatives():
+    """Forward mode and nested gradients take torch's formula, as its flash kernels have none."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 5, 2, 8, dtype=torch.float64).unbind(0)
+    for mode in (jvp_of, torch.func.hessian, gradients_of_gradients):
+        for own, exact in zip(mode(attention)(q, k, v), mode(formula)(q, k, v), strict=True):
+            torch.testing.assert_close(own, exact)
+
+
+def jvp_of(function):
+    return lambda *tensors: torch.func.jvp(function, tensors, tensors[::-1])
+
+
+def gradients_of_gradients(function):
+    """With create_graph; in the context that its docstring names."""
+
+    def call(*tensors):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        with sdpa_kernel(SDPBackend.MATH):
+            out = function(*leaves)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    return call
+
+
+def test_flash_packages_are_for_plain_calls(packages, monkeypatch):
+    """Their functions know neither tangents nor torch.func."""
+    packages[0]("flash_attn_interface")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    q = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(1, 3, 2, 64))
+    assert select(q) == "flash3"
+    with torch.autograd.forward_ad.dual_level():
+        assert select(q) == "sdpa"
+    assert torch.func.vmap(lambda x: x * (select(q) == "sdpa"))(torch.ones(2)).all()

@@ -5,7 +5,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pixnerd_kernels import modulated_rms_norm, swiglu
+from pixnerd_kernels import modulated_rms_norm, swiglu, use_backend
 from pixnerd_kernels.ops import library
 
 
@@ -160,7 +160,7 @@ def test_gradients_several_at_a_time(x):
     upstream = torch.randn(5, *y.shape)
     (batched,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
     for each, grad in zip(batched, upstream, strict=True):
-        assert torch.equal(each, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+        torch.testing.assert_close(each, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
     rows = torch.randn(2, 4)
     looped = torch.autograd.functional.jacobian(swiglu, rows)
     torch.testing.assert_close(torch.autograd.functional.jacobian(swiglu, rows, vectorize=True), looped)
@@ -171,3 +171,26 @@ def test_zero_tensors_have_no_memory_to_read(x):
     assert not swiglu(torch._efficientzerotensor((2, 8))).any()
     y = swiglu(x)
     assert not torch.autograd.grad(y, x, torch._efficientzerotensor(y.shape))[0].any()
+
+
+def test_kernels_compute_what_has_no_tangent(core_calls, x):
+    """Within a level of dual numbers too; a tensor with a tangent goes through the formula."""
+    with use_backend("cpu"), torch.autograd.forward_ad.dual_level():
+        out = swiglu(x)
+        assert core_calls["swiglu_forward"] == 1
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        found = torch.autograd.forward_ad.unpack_dual(swiglu(dual))
+        assert core_calls["swiglu_forward"] == 1
+    torch.testing.assert_close(found.primal, out)
+    assert found.tangent.any()
+
+
+def test_a_tensor_that_is_two_arguments_has_both_gradients(any_isa, x):
+    """Of the second order, too: the gradients of silu(x) * x."""
+    x.requires_grad_()
+    for function in (swiglu, lambda gate, up: torch.nn.functional.silu(gate) * up):
+        (first,) = torch.autograd.grad(function(x, x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        if function is swiglu:
+            own = second
+    torch.testing.assert_close(own, second)

@@ -4,10 +4,11 @@ import threading
 
 import pytest
 import torch
-from fields import Case, expected, fused_field, packed_field, packed_inputs, results
+from derivatives import BY_KERNELS, KINDS, assert_derivatives
+from fields import Case, expected, fused_field, packed_field, packed_inputs, plain_field, results
 from tolerance import assert_same, assert_within
 
-from pixnerd_kernels import neural_field_mlp, use_backend
+from pixnerd_kernels import neural_field_mlp, split_params, use_backend
 
 CASES = [
     Case(s=5, d1=4, d2=6),
@@ -64,26 +65,21 @@ def test_opcheck_backward(any_isa, form, case, needs):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @cases
 @forms
-@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["linear", "quadratic"])
-def test_differentiating_twice_raises(any_isa, form, case, loss):
-    """A linear loss too: its gradient does not depend on y, so nothing but the op can object."""
-    leaves = leaves_of(form, case)
-    gradient = torch.autograd.grad(loss(FORMS[form](case, **leaves)), leaves["x"], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="can be differentiated once only"):
-        gradient.square().sum().backward()
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives(any_isa, form, case, kind, dtype):
+    any_isa.may_idle = kind not in BY_KERNELS
 
+    def op(**tensors):
+        return (FORMS[form](case, **tensors),)
 
-@cases
-@forms
-def test_forward_mode_raises(any_isa, form, case):
-    any_isa.may_idle = True
-    tensors = inputs_of(form, case)
-    with torch.autograd.forward_ad.dual_level():
-        tensors["x"] = torch.autograd.forward_ad.make_dual(tensors["x"], torch.ones_like(tensors["x"]))
-        with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
-            FORMS[form](case, **tensors)
+    def plain(params=None, **tensors):
+        weights = {} if params is None else split_params(params, case.d1, case.d2, case.gated)._asdict()
+        return (plain_field(case, **tensors, **weights),)
+
+    assert_derivatives(kind, op, plain, inputs_of(form, case, dtype))
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["same thread", "another thread"])

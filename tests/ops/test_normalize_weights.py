@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from derivatives import BY_KERNELS, KINDS, assert_derivatives
 from fields import drawn
 from tolerance import assert_within
 
@@ -223,16 +224,17 @@ def test_autocast_leaves_it_alone(backend):
         assert torch.equal(normalize_weights(w), expected)
 
 
-@pytest.mark.parametrize("loss", [torch.sum, lambda u: u.square().sum()], ids=["linear", "quadratic"])
-def test_differentiating_twice_and_forward_mode_raise(any_isa, loss):
-    w = normal(3, 4, 5).requires_grad_()
-    gradient = torch.autograd.grad(loss(normalize_weights(w)), w, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="can be differentiated once only"):
-        gradient.square().sum().backward()
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(w.detach(), torch.ones_like(w))
-        with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
-            normalize_weights(dual)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives(any_isa, kind, dtype):
+    any_isa.may_idle = kind not in BY_KERNELS
+    for dim in (0, -2):
+        assert_derivatives(
+            kind,
+            lambda w, dim=dim: (normalize_weights(w, dim),),
+            lambda w, dim=dim: (F.normalize(w, dim=dim),),
+            {"w": normal(3, 4, 5, dtype=dtype)},
+        )
 
 
 def test_backward_keeps_its_backend_and_saves_only_w(core_calls):

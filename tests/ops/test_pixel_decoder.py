@@ -10,6 +10,7 @@ from fields import FLOATS
 from tolerance import assert_same, assert_within
 
 from pixnerd_kernels import use_backend
+from pixnerd_kernels.ops import tables
 from pixnerd_kernels.ops.pixel_decoder import chunks, reference
 
 FAMILIES = [
@@ -204,4 +205,4 @@ def test_a_kept_encoding_stays(monkeypatch):
     for size in range(1, 100):
         assert chunks._positions(1, size, *arguments).shape == (size, 9)
     assert chunks._positions(4, 4, *arguments) is first
-    assert len(chunks._encodings) == chunks._MOST_ENCODINGS
+    assert len(chunks._encodings) == tables.MOST

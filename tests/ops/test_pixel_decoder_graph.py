@@ -4,7 +4,8 @@ import functools
 
 import pytest
 import torch
-from decoders import Case, decode, expected, op_arguments, results
+from decoders import Case, decode, expected, op_arguments, plain_decoder, results
+from derivatives import BY_KERNELS, KINDS, assert_derivatives
 from tolerance import assert_same, assert_within
 
 from pixnerd_kernels import nn, use_backend
@@ -48,24 +49,18 @@ def test_saved_weights_may_have_any_strides(any_isa, case):
     assert all(torch.equal(one, other) for one, other in zip(dense, apart, strict=True))
 
 
-@pytest.mark.parametrize("name", ["image", "generator.0"])
-def test_differentiating_twice_raises(any_isa, name):
-    """For a parameter in a list too, and although the loss is linear: nothing but the op can object."""
-    case = CASES[0]
-    tensors = case.inputs()
-    leaf = tensors[name].requires_grad_()
-    gradient = torch.autograd.grad(decode(case, tensors).sum(), leaf, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="can be differentiated once only"):
-        gradient.square().sum().backward()
-
-
-def test_forward_mode_raises(any_isa):
-    any_isa.may_idle = True
-    tensors = CASES[0].inputs()
-    with torch.autograd.forward_ad.dual_level():
-        tensors["image"] = torch.autograd.forward_ad.make_dual(tensors["image"], tensors["image"])
-        with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
-            decode(CASES[0], tensors)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("save_weights", [False, True], ids=["recompute", "save"])
+@cases
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives(any_isa, case, kind, save_weights, dtype):
+    any_isa.may_idle = kind not in BY_KERNELS
+    assert_derivatives(
+        kind,
+        lambda **tensors: (decode(case, tensors, save_weights=save_weights, workspace=1),),
+        lambda **tensors: (plain_decoder(case, tensors),),
+        case.inputs(dtype),
+    )
 
 
 def test_backward_takes_the_backend_of_its_forward(any_isa):

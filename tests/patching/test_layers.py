@@ -108,3 +108,36 @@ def test_adapters_that_were_there_before(dropout, training, core_calls):
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         if theirs.grad is not None:
             assert relative(ours.grad, theirs.grad) < 1e-4
+
+
+class Stored(nn.Module):
+    """A linear layer whose weight is a buffer, as some quantised ones have it, of any dtype."""
+
+    def __init__(self, layer, dtype):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("weight", (8 * layer.weight.detach()).to(dtype))
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).mT / 8
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.int8])
+def test_generating_layers_without_parameters(storage, core_calls):
+    """The block's norm tells the dtype."""
+    module = block()
+    module.param_generator1[0] = Stored(module.param_generator1[0], storage)
+    expected = call(module)
+    entry = the_field(pk.patch(module))
+    assert entry.status == "replaced", entry.reason
+    core_calls.clear()
+    torch.testing.assert_close(call(module), expected)
+    assert core_calls["neural_field_mlp_forward"] == 1
+
+
+def test_no_parameter_at_all_is_a_reason():
+    module = foreign.FeedForward(16, 32)
+    for name in ("w1", "w2", "w3"):
+        setattr(module, name, Stored(getattr(module, name), torch.int8))
+    (entry,) = pk.patch(module).left
+    assert "no parameter tells the dtype" in entry.reason

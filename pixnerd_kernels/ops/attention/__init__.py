@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.attention import flash
@@ -32,10 +35,15 @@ def attention(
         backend: "flash3" (package flash_attn_interface), "flash4" (flash_attn.cute), "flash2" (flash_attn), or "sdpa",
             torch's scaled_dot_product_attention, which picks a flash or cuDNN kernel on a GPU and its flash kernel on
             a CPU. "auto" takes the first of these that runs here for these tensors; under torch.compile it is "sdpa",
-            whose kernels the compiler knows.
+            whose kernels the compiler knows, and so it is in the transforms of torch.func.
 
     Returns:
         [B, L, heads, d] in q's dtype.
+
+    Gradients flow to all of them. Flash kernels have no tangents and no second derivatives: in forward mode and in
+    nested gradients of torch.func, torch's formula is taken, which writes all logits to memory. For
+    torch.autograd.grad(create_graph=True) ask for it, as for torch's own function:
+    torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the forward.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -49,7 +57,18 @@ def attention(
     if chosen != "sdpa":
         return flash.run(chosen, q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    with sdpa_kernel(SDPBackend.MATH) if _beyond_flash() else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _beyond_flash() -> bool:
+    """Whether tangents or gradients of gradients are taken."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Grad for level in levels) > 1
 
 
 def _check(q: Any, k: Any, v: Any, mask: Any, backend: Any) -> None:
@@ -91,6 +110,8 @@ def select(q: Tensor, mask: Tensor | None = None, backend: str = "auto") -> str:
     """
     if backend == "auto":
         if q.device.type != "cuda" or torch.compiler.is_compiling():
+            return "sdpa"
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             return "sdpa"
         head_size = q.shape[-1]
         # A tracer's symbolic size cannot be looked up.

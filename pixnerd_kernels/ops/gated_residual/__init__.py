@@ -13,13 +13,14 @@ from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    by_reference,
     call_op,
     gradients,
     module,
     plain,
-    refuse_gradients,
     register,
     register_autograd,
+    register_gradients,
     wanted,
 )
 from pixnerd_kernels.ops.modulated_rms_norm import check_batch_rows, check_modulation
@@ -38,9 +39,9 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         [B, L, D] in x's dtype, contiguous. float32 and float64 compute in their own dtype, bfloat16 and float16 in
         float32 with one rounding. B = 0 or L = 0 gives an empty result.
 
-    Gradients flow to all three; x's is the incoming one itself. Saved for backward: y and gate. Deterministic: the sum
-    over tokens is added up in a fixed order. Differentiating the gradients of y and gate raises RuntimeError. Under
-    autocast all are cast to the autocast dtype first.
+    Gradients flow to all three; x's is the incoming one itself. Saved for backward: y and gate. Deterministic: the
+    sum over tokens is added up in a fixed order. Derivatives of higher order, forward mode and the transforms of
+    torch.func run on the reference. Under autocast all are cast to the autocast dtype first.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -214,7 +215,7 @@ class _GatedResidualNorm(torch.autograd.Function):
         return wanted(found, ctx.needs_input_grad)
 
 
-register_autograd("gated_residual", _GatedResidual.apply)
-register_autograd("gated_residual_rms_norm", _GatedResidualNorm.apply)
-refuse_gradients("gated_residual_backward")
-refuse_gradients("gated_residual_rms_norm_backward")
+register_autograd("gated_residual", _GatedResidual.apply, by_reference(_forward))
+register_autograd("gated_residual_rms_norm", _GatedResidualNorm.apply, by_reference(_norm_forward))
+register_gradients("gated_residual_backward", by_reference(_backward))
+register_gradients("gated_residual_rms_norm_backward", by_reference(_norm_backward))

@@ -129,4 +129,4 @@ class _Linear(torch.autograd.Function):
         return dx, d_weight, grad.sum(0) if need_bias else None
 
 
-register_autograd("linear", _Linear.apply)
+register_autograd("linear", _Linear.apply, F.linear)

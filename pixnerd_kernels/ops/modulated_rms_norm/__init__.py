@@ -13,13 +13,14 @@ from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    by_reference,
     call_op,
     gradients,
     module,
     plain,
-    refuse_gradients,
     register,
     register_autograd,
+    register_gradients,
     wanted,
 )
 
@@ -45,9 +46,10 @@ def modulated_rms_norm(
         A contiguous tensor of x's shape and dtype. float32 and float64 accumulate in their own dtype, bfloat16 and
         float16 in float32 with one rounding. B = 0 or L = 0 gives an empty result.
 
-    Gradients flow to x, weight, shift and scale. Saved for backward: x, weight and scale. Deterministic: the sums over
-    tokens are added up in a fixed order. Differentiating twice raises RuntimeError. Under autocast x, shift and scale
-    are cast to the autocast dtype first (weight is not).
+    Gradients flow to x, weight, shift and scale. Saved for backward: x, weight and scale. Deterministic: the sums
+    over tokens are added up in a fixed order. Derivatives of higher order, forward mode and the transforms of
+    torch.func run on the reference. Under autocast x, shift and scale are cast to the autocast dtype first (weight is
+    not).
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -172,5 +174,5 @@ class _ModulatedRMSNorm(torch.autograd.Function):
         return wanted(found, ctx.needs_input_grad)
 
 
-register_autograd("modulated_rms_norm", _ModulatedRMSNorm.apply)
-refuse_gradients("modulated_rms_norm_backward")
+register_autograd("modulated_rms_norm", _ModulatedRMSNorm.apply, by_reference(_forward))
+register_gradients("modulated_rms_norm_backward", by_reference(_backward))

@@ -13,13 +13,14 @@ from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    by_reference,
     call_op,
     gradients,
     module,
     plain,
-    refuse_gradients,
     register,
     register_autograd,
+    register_gradients,
     wanted,
 )
 from pixnerd_kernels.ops.native import fresh
@@ -32,6 +33,7 @@ from pixnerd_kernels.ops.neural_field_mlp.arguments import (
     check_packed,
     matrices,
     option_key,
+    split,
     split_params,
 )
 
@@ -86,8 +88,9 @@ def neural_field_mlp(
         float16 in float32. N = 0 gives an empty result.
 
     Gradients flow to x, every weight and norm_weight. Saved for backward: x and the raw weights, nothing else;
-    backward recomputes the rest. Deterministic: the same input gives the same bits. Differentiating twice raises
-    RuntimeError. Under autocast the inputs are cast to the autocast dtype first (norm_weight is not).
+    backward recomputes the rest. Deterministic: the same input gives the same bits. Derivatives of higher order,
+    forward mode and the transforms of torch.func run on the reference. Under autocast the inputs are cast to the
+    autocast dtype first (norm_weight is not).
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -282,6 +285,32 @@ def _fake_packed_backward(grad, x, params, norm_weight, hidden, gated, need_x, n
     ]
 
 
+# What derivatives other than a kernel's own go through: plain PyTorch, out of place.
+
+
+def _backward_formula(grad, x, w1, w2, w_gate, norm_weight, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
+    *options, _ = options
+    with torch._C._DisableAutocast():
+        dx, *weights, d_norm = reference.backward(grad, x, w1, w2, w_gate, norm_weight, *options)
+    kept = [dx if need_x else None, *(weights if need_weights else [None] * 3), d_norm]
+    return [_or_empty(t, x) for t in kept]
+
+
+def _packed_formula(x, params, norm_weight, hidden, gated, *options):  # type: ignore[no-untyped-def]
+    return _forward(x, *split(params, x.shape[2], hidden, gated), norm_weight, *options[:-1], "reference")
+
+
+def _packed_backward_formula(grad, x, params, norm_weight, hidden, gated, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
+    weights = split(params, x.shape[2], hidden, gated)
+    dx, d1, d2, d_gate, d_norm = _backward_formula(
+        grad, x, *weights, norm_weight, need_x, need_weights, *options
+    )
+    if not need_weights:
+        return [dx, x.new_empty(0), d_norm]
+    packed = [d_gate, d1, d2] if gated else [d1, d2]
+    return [dx, torch.cat([d.reshape(len(d), x.shape[2] * hidden) for d in packed], dim=1), d_norm]
+
+
 _NEEDS = "bool need_x, bool need_weights"
 register(f"neural_field_mlp(Tensor x, {_WEIGHTS}, {_OPTIONS}) -> Tensor", _forward, _fake_forward)
 register(
@@ -332,7 +361,7 @@ class _NeuralFieldMLPPacked(torch.autograd.Function):
         return wanted(gradients("neural_field_mlp_packed_backward", _packed_gradients, *arguments), needs)
 
 
-register_autograd("neural_field_mlp", _NeuralFieldMLP.apply)
-register_autograd("neural_field_mlp_packed", _NeuralFieldMLPPacked.apply)
-refuse_gradients("neural_field_mlp_backward")
-refuse_gradients("neural_field_mlp_packed_backward")
+register_autograd("neural_field_mlp", _NeuralFieldMLP.apply, by_reference(_forward))
+register_autograd("neural_field_mlp_packed", _NeuralFieldMLPPacked.apply, _packed_formula)
+register_gradients("neural_field_mlp_backward", _backward_formula)
+register_gradients("neural_field_mlp_packed_backward", _packed_backward_formula)

@@ -12,13 +12,14 @@ from pixnerd_kernels.checks import FLOATS, Problems
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    by_reference,
     call_op,
     gradients,
     module,
     plain,
-    refuse_gradients,
     register,
     register_autograd,
+    register_gradients,
 )
 
 _passed = Passed()
@@ -34,7 +35,8 @@ def normalize_weights(w: Tensor, dim: int = -2, eps: float = 1e-12) -> Tensor:
 
     Returns:
         A contiguous tensor of w's shape and dtype. float32 and float64 accumulate in their own dtype, bfloat16 and
-        float16 in float32. Saved for backward: w. Differentiating twice raises RuntimeError.
+        float16 in float32. Saved for backward: w. Derivatives of higher order, forward mode and the transforms of
+        torch.func run on the reference.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -107,5 +109,5 @@ class _NormalizeWeights(torch.autograd.Function):
         return found, None, None, None, None
 
 
-register_autograd("normalize_weights", _NormalizeWeights.apply)
-refuse_gradients("normalize_weights_backward")
+register_autograd("normalize_weights", _NormalizeWeights.apply, by_reference(_forward))
+register_gradients("normalize_weights_backward", by_reference(_backward))

@@ -11,7 +11,7 @@ from torch import Tensor
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems, describe
 from pixnerd_kernels.ops.dtypes import autocast
-from pixnerd_kernels.ops.library import refuse_gradients, register, register_autograd
+from pixnerd_kernels.ops.library import register, register_autograd, register_gradients
 from pixnerd_kernels.ops.native import dense_rows
 from pixnerd_kernels.ops.neural_field_mlp import WEIGHTS, select_backend
 from pixnerd_kernels.ops.pixel_decoder import chunks, reference
@@ -70,8 +70,9 @@ def pixel_decoder(
     Gradients flow to image, hidden and every parameter, and only those needed are computed. Saved for backward:
     image, hidden and the parameters, and with `save_weights` the generated weights. Gradients of the generators add
     up over chunks in float32 (float64). Deterministic: the same input gives the same bits, on any number of threads;
-    another workspace may round the gradients of the parameters differently. Differentiating twice raises RuntimeError.
-    Under autocast image, hidden and the generators are cast to the autocast dtype first; the result has it.
+    another workspace may round the gradients of the parameters differently. Derivatives of higher order, forward mode
+    and the transforms of torch.func run on the reference, all patches at once and in memory without a bound. Under
+    autocast image, hidden and the generators are cast to the autocast dtype first; the result has it.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -299,6 +300,37 @@ def _flatten(tensors: Sequence[Any]) -> list[Tensor | None]:
     return flat
 
 
+def _formula(*arguments):  # type: ignore[no-untyped-def]
+    """The op in plain PyTorch, out of place, for derivatives other than the kernels'."""
+    *arguments, _, _ = arguments
+    call = _call(*arguments)
+    with torch._C._DisableAutocast():
+        return reference.formula(call), call.hidden.new_empty(0)
+
+
+def _backward_formula(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
+    tensors, options = arguments[:_TENSORS], arguments[_TENSORS:]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a tensor that is two arguments gets the gradient of each.
+        flat = [
+            t if t is None or not need else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t, need in zip(_flatten(tensors), needs, strict=True)
+        ]
+        out, _ = _formula(*_regroup(_counts(tensors), flat), *options)
+        asked = [t for t, need in zip(flat, needs, strict=True) if t is not None and need]
+        found = iter(torch.autograd.grad(out, asked, grad, create_graph=again))
+    return [
+        grad.new_empty(0) if t is None or not need else next(found).contiguous()
+        for t, need in zip(flat, needs, strict=True)
+    ]
+
+
+def _counts(tensors: Sequence[Any]) -> tuple[int, ...]:
+    """Lengths of the three lists among the op's tensors."""
+    return tuple(len(tensors[i]) for i in (4, 5, 6))
+
+
 def _fake_forward(*arguments):  # type: ignore[no-untyped-def]
     image, hidden, embed_weight, _, generators, _, _, _, linear_weight, *_ = arguments
     save_weights = arguments[-2]
@@ -357,7 +389,7 @@ class _PixelDecoder(torch.autograd.Function):
 
 
 def _regroup(counts: Sequence[int], flat: Sequence[Tensor | None]) -> list[Any]:
-    """The inverse of `_flatten`; counts are the lengths of the three lists."""
+    """The inverse of `_flatten`, given `_counts`."""
     grouped: list[Any] = list(flat[:4])
     at = 4
     for count in counts:
@@ -368,9 +400,8 @@ def _regroup(counts: Sequence[int], flat: Sequence[Tensor | None]) -> list[Any]:
 
 def _autograd(*arguments):  # type: ignore[no-untyped-def]
     tensors, options = arguments[:_TENSORS], arguments[_TENSORS:]
-    counts = tuple(len(tensors[i]) for i in (4, 5, 6))
-    return _PixelDecoder.apply(counts, options, *_flatten(tensors))
+    return _PixelDecoder.apply(_counts(tensors), options, *_flatten(tensors))
 
 
-register_autograd("pixel_decoder", _autograd)
-refuse_gradients("pixel_decoder_backward")
+register_autograd("pixel_decoder", _autograd, _formula)
+register_gradients("pixel_decoder_backward", _backward_formula)

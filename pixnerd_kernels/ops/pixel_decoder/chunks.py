@@ -29,7 +29,7 @@ from torch import Tensor
 from pixnerd_kernels.ops.coordinate_encoding.reference import forward as coordinate_encoding
 from pixnerd_kernels.ops.dtypes import compute_dtype
 from pixnerd_kernels.ops.native import fresh
-from pixnerd_kernels.ops.tables import lasting
+from pixnerd_kernels.ops.tables import kept
 
 AUTO, UNCHUNKED = -1, 0
 
@@ -40,20 +40,11 @@ _LEAST, _MOST = 64 << 20, 768 << 20
 
 
 _encodings: dict[tuple[object, ...], Tensor] = {}
-#: Encodings that are kept. None is ever thrown away: a captured CUDA graph may read it.
-_MOST_ENCODINGS = 64
 
 
 def _positions(*key: Any) -> Tensor:
     """`coordinate_encoding`, kept: on a GPU its dozens of small kernels would be launched in every call."""
-    if key in _encodings:
-        return _encodings[key]
-    # Outside of inference mode, whose tensors autograd would refuse later.
-    with torch.inference_mode(False):
-        table = coordinate_encoding(*key)
-    if len(_encodings) < _MOST_ENCODINGS and lasting(table):
-        _encodings[key] = table
-    return table
+    return kept(_encodings, key, lambda: coordinate_encoding(*key))
 
 
 @dataclass(frozen=True)

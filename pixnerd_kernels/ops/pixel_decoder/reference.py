@@ -11,6 +11,7 @@ rounded once at the end. Source: PixNerd (arXiv 2507.23268), section 3, and its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,9 +99,9 @@ def _write(call: Call, planes: Tensor, first: int, values: Tensor) -> None:
     _grid(call, planes)[_places(call, first, len(values))] = values
 
 
-def _fields(call: Call, generated: Tensor) -> list[tuple[Any, ...]]:
+def _fields(call: Call, generated: Sequence[Tensor] | Tensor) -> list[tuple[Any, ...]]:
     """The arguments of each block's field after x and up to weight_eps."""
-    compute = compute_dtype(generated.dtype)
+    compute = compute_dtype(call.image.dtype)
     options = (call.normalize, call.activation, True, call.norm_eps, call.weight_eps)
     return [
         (
@@ -126,15 +127,34 @@ def _run(call: Call, generated: Tensor, first: int) -> list[Tensor]:
     return x
 
 
-def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
-    """Write the pixels of the patches in `out` [B, C_out, H, W]."""
-    x = _run(call, generated, first)[-1]
+def _output(call: Call, x: Tensor) -> Tensor:
+    """The output layer, of x behind the last block."""
     norm = None if call.final_norm is None else call.final_norm.to(x.dtype)
     x, _ = field.rms_norm(x, norm, call.norm_eps)
-    if call.linear_weight is not None:
-        bias = None if call.linear_bias is None else call.linear_bias.to(x.dtype)
-        x = F.linear(x, call.linear_weight.to(x.dtype), bias)
-    _write(call, out, first, x)
+    if call.linear_weight is None:
+        return x
+    bias = None if call.linear_bias is None else call.linear_bias.to(x.dtype)
+    return F.linear(x, call.linear_weight.to(x.dtype), bias)
+
+
+def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
+    """Write the pixels of the patches in `out` [B, C_out, H, W]."""
+    _write(call, out, first, _output(call, _run(call, generated, first)[-1]))
+
+
+def formula(call: Call) -> Tensor:
+    """The decoded image [B, C_out, H, W] of all patches at once, out of place, for derivatives of any kind."""
+    rows, columns = call.grid
+    compute = compute_dtype(call.image.dtype)
+    biases: Sequence[Tensor | None] = call.biases or [None] * len(call.generators)
+    generated = [F.linear(call.states, *pair) for pair in zip(call.generators, biases, strict=True)]
+    pixels = _grid(call, call.image).flatten(0, 2).flatten(2).mT.to(compute)
+    x = F.linear(pixels, call.pixel_weight.to(compute)) + call.table.to(compute)
+    for arguments in _fields(call, generated):
+        x = field.forward(x, *arguments)
+    x = _output(call, x)
+    planes = x.mT.unflatten(2, call.patch).unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5)
+    return planes.flatten(4, 5).flatten(2, 3).to(call.image.dtype).contiguous()
 
 
 def backward(

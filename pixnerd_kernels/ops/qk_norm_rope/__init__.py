@@ -13,13 +13,14 @@ from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    by_reference,
     call_op,
     gradients,
     module,
     plain,
-    refuse_gradients,
     register,
     register_autograd,
+    register_gradients,
     wanted,
 )
 
@@ -55,8 +56,9 @@ def qk_norm_rope(
         their own dtype, bfloat16 and float16 in float32 with one rounding.
 
     Gradients flow to qkv, text_kv and the weights; that of qkv is written packed. Saved for backward: the inputs.
-    Deterministic: the sums over tokens are added up in a fixed order. Differentiating twice raises RuntimeError. Under
-    autocast qkv and text_kv are cast to the autocast dtype first.
+    Deterministic: the sums over tokens are added up in a fixed order. Derivatives of higher order, forward mode and
+    the transforms of torch.func run on the reference. Under autocast qkv and text_kv are cast to the autocast dtype
+    first.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -169,5 +171,5 @@ class _QkNormRope(torch.autograd.Function):
         return wanted((d_qkv, d_q_weight, d_k_weight, None, d_text), ctx.needs_input_grad)
 
 
-register_autograd("qk_norm_rope", _QkNormRope.apply)
-refuse_gradients("qk_norm_rope_backward")
+register_autograd("qk_norm_rope", _QkNormRope.apply, by_reference(_forward))
+register_gradients("qk_norm_rope_backward", by_reference(_backward))

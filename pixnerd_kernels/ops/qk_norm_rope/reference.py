@@ -22,21 +22,25 @@ def rotate(x: Tensor, rope: Tensor, back: bool = False) -> Tensor:
     """Turn neighbouring channel pairs of x [B, L, heads, d] by the table's angles, or back."""
     cos, sin = rope[:, None].to(x.dtype).unbind(-1)
     sin = -sin if back else sin
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    even, odd = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).reshape(x.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, L, heads, d] as [B * L, heads, d]. Not by flatten, which gradients computed several at a time do not know."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """n(x) in the dtype computed in."""
     wide = x.to(compute_dtype(x.dtype))
-    return norm.forward(wide.flatten(0, 1), weight, None, None, eps).view(x.shape)
+    return norm.forward(_rows(wide), weight, None, None, eps).view(x.shape)
 
 
 def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of x and, in the dtype computed in, of weight."""
     wide = compute_dtype(x.dtype)
-    flat = x.to(wide).flatten(0, 1)
-    dx, d_weight, _, _ = norm.backward(grad.flatten(0, 1), flat, weight.to(wide), False, None, eps)
+    dx, d_weight, _, _ = norm.backward(_rows(grad), _rows(x.to(wide)), weight.to(wide), False, None, eps)
     return dx.view(x.shape).to(x.dtype), d_weight
 
 
@@ -70,15 +74,18 @@ def backward(
     """Gradients of qkv, q_weight, k_weight and text_kv, contiguous."""
     tokens, wide = qkv.shape[1], compute_dtype(qkv.dtype)
     q, k, _ = qkv.unbind(2)
-    g_q, g_k = grad_q.to(wide), grad_k[:, :tokens].to(wide)
+    text_k, text_v = grad_k[:, tokens:], grad_v[:, tokens:]
+    if text_kv is not None:  # the whole is no slice: autograd's batches do not know that
+        grad_k, grad_v = grad_k[:, :tokens], grad_v[:, :tokens]
+    g_q, g_k = grad_q.to(wide), grad_k.to(wide)
     if rope is not None:
         g_q, g_k = rotate(g_q, rope, back=True), rotate(g_k, rope, back=True)
     dq, dq_weight = _norm_backward(g_q, q, q_weight, eps)
     dk, dk_weight = _norm_backward(g_k, k, k_weight, eps)
     d_text = None
     if text_kv is not None:
-        d_text_k, more = _norm_backward(grad_k[:, tokens:].to(wide), text_kv[:, :, 0], k_weight, eps)
-        d_text = torch.stack([d_text_k, grad_v[:, tokens:]], dim=2)
+        d_text_k, more = _norm_backward(text_k.to(wide), text_kv[:, :, 0], k_weight, eps)
+        d_text = torch.stack([d_text_k, text_v], dim=2)
         dk_weight = dk_weight + more
-    d_qkv = torch.stack([dq, dk, grad_v[:, :tokens]], dim=2)
+    d_qkv = torch.stack([dq, dk, grad_v], dim=2)
     return d_qkv, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), d_text

@@ -13,15 +13,17 @@ from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
     below_autograd,
+    by_reference,
     call_op,
     gradients,
     module,
     plain,
-    refuse_gradients,
     register,
     register_autograd,
+    register_gradients,
 )
 from pixnerd_kernels.ops.native import fresh
+from pixnerd_kernels.ops.swiglu import reference
 
 _passed = Passed()
 
@@ -38,8 +40,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         [..., F] in gate's dtype, contiguous. float32 and float64 compute in their own dtype, bfloat16 and float16 in
         float32 with one rounding.
 
-    Gradients flow to both. Saved for backward: the inputs. Differentiating twice raises RuntimeError. Under autocast
-    the inputs are cast to the autocast dtype first.
+    Gradients flow to both. Saved for backward: the inputs. Derivatives of higher order, forward mode and the
+    transforms of torch.func run on the reference. Under autocast the inputs are cast to the autocast dtype first.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -126,6 +128,14 @@ def _packed_backward(grad: Tensor, x: Tensor, forced: str) -> Tensor:
     return dx
 
 
+def _backward_formula(grad: Tensor, gate: Tensor, up: Tensor, forced: str) -> list[Tensor]:
+    return list(reference.gradients(grad, gate, up))
+
+
+def _packed_backward_formula(grad: Tensor, x: Tensor, forced: str) -> Tensor:
+    return torch.cat(reference.gradients(grad, *_halves(x)), dim=1)
+
+
 register("swiglu(Tensor gate, Tensor up, str forced) -> Tensor", _forward, lambda gate, *rest: _empty(gate))
 register(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up, str forced) -> Tensor[]",
@@ -170,7 +180,7 @@ class _SwigluPacked(torch.autograd.Function):
         return found, None, None
 
 
-register_autograd("swiglu", _Swiglu.apply)
-register_autograd("swiglu_packed", _SwigluPacked.apply)
-refuse_gradients("swiglu_backward")
-refuse_gradients("swiglu_packed_backward")
+register_autograd("swiglu", _Swiglu.apply, by_reference(_forward))
+register_autograd("swiglu_packed", _SwigluPacked.apply, by_reference(_packed_forward))
+register_gradients("swiglu_backward", _backward_formula)
+register_gradients("swiglu_packed_backward", _packed_backward_formula)

@@ -21,9 +21,15 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     return (wide * torch.sigmoid(wide) * up.to(wide.dtype)).to(gate.dtype).contiguous()
 
 
-def backward(grad: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
-    """Write the gradients of gate and up."""
+def gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up in their dtype."""
     wide = gate.to(compute_dtype(gate.dtype))
     g, s = grad.to(wide.dtype), torch.sigmoid(wide)
-    d_gate.copy_(g * up.to(wide.dtype) * s * (1 + wide * (1 - s)))
-    d_up.copy_(g * wide * s)
+    d_gate = g * up.to(wide.dtype) * s * (1 + wide * (1 - s))
+    return d_gate.to(gate.dtype), (g * wide * s).to(gate.dtype)
+
+
+def backward(grad: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+    """Write the gradients of gate and up."""
+    for target, gradient in zip((d_gate, d_up), gradients(grad, gate, up), strict=True):
+        target.copy_(gradient)

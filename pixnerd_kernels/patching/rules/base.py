@@ -50,13 +50,16 @@ def positional(module: nn.Module, count: int, method: str = "forward") -> tuple[
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A layer with a two-dimensional weight [out, in], an optional bias, and nothing else: any library's Linear."""
-    tensors = own_tensors(module)
+    """A layer with a two-dimensional weight [out, in], an optional bias, and nothing else: any library's Linear.
+
+    Within torch.func.functional_call its weight is a tensor and no nn.Parameter.
+    """
+    weight = getattr(module, "weight", None)
     return (
         not list(module.children())
-        and set(tensors) <= {"weight", "bias"}
-        and "weight" in tensors
-        and module.get_parameter("weight").dim() == 2
+        and set(own_tensors(module)) <= {"weight", "bias"}
+        and isinstance(weight, Tensor)
+        and weight.dim() == 2
         and hasattr(module, "in_features")
         and hasattr(module, "out_features")
     )
@@ -79,18 +82,24 @@ def generating_layer(module: nn.Module) -> nn.Module | None:
 
 
 def first_parameter(module: nn.Module, name: str) -> str:
-    """The parameter that tells the dtype of child `name`: its weight, or the first one inside."""
+    """The parameter that tells the dtype of child `name`: its weight, the first one inside, or the module's first.
+
+    Raises:
+        LookupError: the module has no parameters.
+    """
     child = module.get_submodule(name)
-    own = child._parameters.get("weight")
-    return f"{name}.{'weight' if own is not None else next(child.named_parameters())[0]}"
+    inside = [f"{name}.{inner}" for inner, _ in child.named_parameters()]
+    own = [f"{name}.weight"] if child._parameters.get("weight") is not None else []
+    for found in (*own, *inside, *(name for name, _ in module.named_parameters())):
+        return found
+    raise LookupError("no parameter tells the dtype that it computes in")
 
 
 def norm_weight(module: nn.Module) -> str | None:
-    """The name of a norm's only tensor, one weight per channel ("weight" or "scale"); None for anything else."""
+    """The name of a norm's only tensor, a parameter for each channel ("weight" or "scale"); None for anything else."""
     tensors = own_tensors(module)
-    if list(module.children()) or len(tensors) != 1 or module.get_parameter(tensors[0]).dim() != 1:
-        return None
-    return tensors[0]
+    weight = module._parameters.get(tensors[0]) if len(tensors) == 1 else None
+    return tensors[0] if weight is not None and weight.dim() == 1 and not list(module.children()) else None
 
 
 #: ComfyUI's functions that change a layer's tensors when it is called.
