@@ -150,5 +150,8 @@ def _products(case: Case, shape: Shape, made: Tensors) -> Callable[[], object]:
 
 def _results(case: Case, shape: Shape) -> Callable[[], object]:
     """What malloc and the page faults of the results cost by themselves."""
-    sizes = [case.op.output(shape), *(case.op.inputs(shape).values() if case.training else ())]
+    sizes = [
+        *[case.op.output(shape)] * case.op.results,
+        *(case.op.inputs(shape).values() if case.training else ()),
+    ]
     return lambda: [torch.zeros(size, dtype=case.dtype) for size in sizes]

@@ -41,7 +41,9 @@ class Truth:
         self.case = case
         exact = dataclasses.replace(case, dtype=torch.float64)
         wide = {name: tensor.double() for name, tensor in made.items()}
-        self.names = ["output", *(f"gradient of {name}" for name in made if case.training and name != "grad")]
+        self.names = ["output"] if case.op.results == 1 else [f"output {i}" for i in range(case.op.results)]
+        if case.training:
+            self.names += [f"gradient of {name}" for name in case.op.inputs(shape)]
         self.tensors = call(exact, lambda t: case.op.eager(shape, t, torch.float64), wide)()
         plain = call(case, lambda t: case.op.eager(shape, t, case.dtype), made)()
         self.plain = [_distance(a, b) for a, b in zip(plain, self.tensors, strict=True)]

@@ -95,9 +95,7 @@ class Rates:
 def made(case: Case, shape: Shape, device: torch.device) -> dict[str, Tensor]:
     """`Case.make` on the device itself."""
     generator = torch.Generator(device).manual_seed(0)
-    sizes = case.op.inputs(shape)
-    if case.training:
-        sizes["grad"] = case.op.output(shape)
+    sizes = case.sizes(shape)
     return {
         name: torch.randn(size, generator=generator, device=device, dtype=case.dtype)
         for name, size in sizes.items()

@@ -27,6 +27,7 @@ class PixelDecoder:
     save_weights: bool = False
     name: str = "pixel_decoder"
     bound: str = "matmul"
+    results: int = 1
 
     def inputs(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         d1, generated = shape["D1"], self._generated(shape)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import Case, Shape, Tensors
+from benchmarks.shapes import Results, gradient_names, together
 
-#: Computes a case's output from its inputs.
-Compute = Callable[[Tensors], Tensor]
+#: Computes a case's results from its inputs.
+Compute = Callable[[Tensors], Results]
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,20 @@ def select_providers(names: Sequence[str]) -> list[str]:
 
 
 def call(case: Case, compute: Compute, made: Tensors) -> Callable[[], tuple[Tensor, ...]]:
-    """One timed call: the output alone, or for training the output and the gradient of every input.
+    """One timed call: the results alone, or for training the results and the gradient of every input.
 
     The returned function makes no copies: it runs on the tensors that `case.make` made.
     """
-    inputs = {name: tensor.detach() for name, tensor in made.items() if name != "grad"}
+    named = gradient_names(case.op.results)
+    inputs = {name: tensor.detach() for name, tensor in made.items() if name not in named}
     if not case.training:
-        return lambda: (compute(inputs),)
+        return lambda: together(compute(inputs))
     for tensor in inputs.values():
         tensor.requires_grad_()
-    leaves, grad = tuple(inputs.values()), made["grad"]
+    leaves, grads = tuple(inputs.values()), [made[name] for name in named]
 
     def run() -> tuple[Tensor, ...]:
-        out = compute(inputs)
-        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+        out = together(compute(inputs))
+        return *(tensor.detach() for tensor in out), *torch.autograd.grad(out, leaves, grads)
 
     return run

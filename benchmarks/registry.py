@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pixnerd_kernels
 from benchmarks import blocks, formulas, heads
-from benchmarks.shapes import Shape, Tensors
+from benchmarks.shapes import Results, Shape, Tensors, gradient_names
 
 
 class Op(Protocol):
@@ -28,12 +28,17 @@ class Op(Protocol):
     def inputs(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """Shapes of the differentiable inputs by name."""
 
-    def output(self, shape: Shape) -> tuple[int, ...]: ...
+    def output(self, shape: Shape) -> tuple[int, ...]:
+        """The shape of each result."""
 
-    def eager(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+    #: Results, which `eager` and `ours` return as a tuple where there are several.
+    @property
+    def results(self) -> int: ...
+
+    def eager(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Results:
         """The official formula; `dtype` matters to ops without inputs."""
 
-    def ours(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Tensor: ...
+    def ours(self, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Results: ...
 
     def flops(self, shape: Shape, training: bool, recompute: bool) -> int:
         """`recompute`: backward computes the hidden activations again in place of saving them."""
@@ -47,6 +52,7 @@ class NeuralFieldMLP:
     packed: bool = False
     name: str = "neural_field_mlp"
     bound: str = "matmul"
+    results: int = 1
 
     def _weights(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         n, d1, d2 = shape["N"], shape["D1"], shape["D2"]
@@ -100,6 +106,7 @@ class NormalizeWeights:
 
     name: str = "normalize_weights"
     bound: str = "copy"
+    results: int = 1
 
     def inputs(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         return {"w": self.output(shape)}
@@ -125,6 +132,7 @@ class CoordinateEncoding:
 
     name: str = "coordinate_encoding"
     bound: str = "copy"
+    results: int = 1
 
     def inputs(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         return {}
@@ -160,12 +168,15 @@ class Case:
         """The shape called "full" or "smoke"."""
         return {"full": self.shape, "smoke": self.smoke}[name]
 
+    def sizes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs, and for training of the results' gradients, by name."""
+        gradients = gradient_names(self.op.results) if self.training else []
+        return self.op.inputs(shape) | dict.fromkeys(gradients, self.op.output(shape))
+
     def make(self, shape: Shape) -> dict[str, Tensor]:
-        """Seeded inputs, and for training the output's gradient under "grad"."""
+        """Seeded tensors of `sizes`."""
         generator = torch.Generator().manual_seed(0)
-        sizes = self.op.inputs(shape)
-        if self.training:
-            sizes["grad"] = self.op.output(shape)
+        sizes = self.sizes(shape)
         return {name: torch.randn(size, generator=generator).to(self.dtype) for name, size in sizes.items()}
 
     def flops(self, shape: Shape, recompute: bool) -> int:
@@ -174,7 +185,7 @@ class Case:
     def bytes(self, shape: Shape) -> int:
         """The least traffic possible: every input read and every output written once in each pass."""
         read = sum(torch.Size(size).numel() for size in self.op.inputs(shape).values())
-        written = torch.Size(self.op.output(shape)).numel()
+        written = self.op.results * torch.Size(self.op.output(shape)).numel()
         elements = read + written + ((written + read) + read if self.training else 0)
         return elements * self.dtype.itemsize
 
