@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+_FINITE = 1e300
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -65,13 +66,16 @@ class Problems:
         if value not in allowed:
             self.add(argument, "one of " + ", ".join(repr(name) for name in allowed), value)
 
-    def number(self, argument: str, value: object, minimum: float = 0.0) -> bool:
-        """Check for a finite number of at least `minimum`; True when it is one."""
+    def number(self, argument: str, value: object, minimum: float = 0.0, maximum: float = _FINITE) -> bool:
+        """Check for a number from `minimum` to `maximum`, a finite one by default; True when it is one."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.add_type(argument, "a number", value)
             return False
-        if not minimum <= value <= 1e300:
-            self.add(argument, f"a finite number of at least {minimum:g}", value)
+        if not minimum <= value <= maximum:
+            least = f"a finite number of at least {minimum:g}"
+            self.add(
+                argument, least if maximum == _FINITE else f"a number from {minimum:g} to {maximum:g}", value
+            )
             return False
         return True
 

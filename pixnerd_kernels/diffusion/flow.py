@@ -9,6 +9,7 @@ its official trainer without the feature-alignment term.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -55,9 +56,8 @@ def scale_noise(noise: Tensor, size: int) -> Tensor:
 
     Linear interpolation with weights of unit norm; pixel j lies at j n / size, so that the nearest copy that
     the transformer sees of it is the noise that came in. Independent noise at the finer resolution would do
-    as well for
-    the formulas, but the transformer sees n x n pixels of it, and every other pixel would settle alone:
-    whatever is still open when it does comes out dithered. Pixels with common noise settle together.
+    as well for the formulas, but the transformer sees n x n pixels of it, and every other pixel would settle
+    alone: whatever is still open when it does comes out dithered. Pixels with common noise settle together.
     """
     _check_size("scale_noise", size)
     n = noise.shape[-1]
@@ -142,13 +142,12 @@ def loss(
             problems.add("y", f"a tensor with a condition for each of the {data.shape[0]} images", y)
         if noise is not None and (not isinstance(noise, Tensor) or noise.shape != data.shape):
             problems.add("noise", f"a tensor of the shape of data {list(data.shape)}", noise)
-    if not isinstance(null, (int, Tensor)):
+    if not isinstance(null, (Integral, Tensor)):
         problems.add_type("null", "a class id, or the features of an empty text", null)
     elif isinstance(y, Tensor) and (null.shape if isinstance(null, Tensor) else ()) != y.shape[1:]:
         problems.add("null", f"the shape of one image's condition {list(y.shape[1:])}", null)
     for name, value, least, most in (("dropout", dropout, 0.0, 1.0), ("shift", shift, 1e-30, 1e30)):
-        if problems.number(name, value, least) and value > most:
-            problems.add(name, f"at most {most:g}", value)
+        problems.number(name, value, least, most)
     problems.raise_if_any()
     t = sample_times(data.shape[0], shift=shift, generator=generator, device=data.device)
     if noise is None:

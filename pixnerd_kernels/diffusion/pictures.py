@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def draw(
     """
     problems = Problems("draw")
     for label in dict.fromkeys(classes):
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < model.null_class:
+        if isinstance(label, bool) or not isinstance(label, Integral) or not 0 <= label < model.null_class:
             problems.add("class", f"a class from 0 to {model.null_class - 1}", label)
     problems.raise_if_any()
     device = next(model.parameters()).device

@@ -5,6 +5,7 @@ Source: the samplers of the official PixNerd (EulerSampler, HeunSampler, AdamLMS
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -210,7 +211,9 @@ def _check(
     if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
         problems.add_type("guidance_interval", "a pair of times (low, high)", guidance_interval)
     else:
-        numbers = [problems.number("guidance_interval", time, minimum=-1e300) for time in guidance_interval]
+        numbers = [
+            problems.number("guidance_interval", time, -math.inf, math.inf) for time in guidance_interval
+        ]
         if all(numbers) and guidance_interval[0] > guidance_interval[1]:
             problems.add("guidance_interval", "low not above high", guidance_interval)
     _check_steps(problems, num_steps if counted else 1, timeshift, last_step)
@@ -239,8 +242,7 @@ def _check_steps(problems: Problems, num_steps: int, timeshift: float, last_step
     if len(problems.lines) > before:
         return
     if not (time_steps(num_steps, timeshift=timeshift, last_step=last_step).diff() > 0).all():
-        for name, value in (("timeshift", timeshift), ("last_step", last_step)):
-            if value is not None:
-                problems.add(
-                    name, f"values that leave each of {num_steps} steps some length in float32", value
-                )
+        at_fault: list[tuple[str, object]] = [("timeshift", timeshift)] if timeshift != 1 else []
+        at_fault += [("last_step", last_step)] if last_step is not None else []
+        for name, value in at_fault or [("num_steps", num_steps)]:
+            problems.add(name, f"values that leave each of {num_steps} steps some length in float32", value)

@@ -128,7 +128,14 @@ def _denoiser(content: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
     content = inner if isinstance(inner, Mapping) else content
     if strangers := [repr(key) for key in content if not isinstance(key, str)]:
         raise ValueError(f"{source}: expected tensors by name, got the keys {names(strangers)}")
-    named = {re.sub(r"(^|\.)((_orig_mod|module)\.)+", r"\1", key): value for key, value in content.items()}
+    named: dict[str, Any] = {}
+    for key, value in content.items():
+        name = re.sub(r"(^|\.)((_orig_mod|module)\.)+", r"\1", key)
+        if name in named:
+            raise ValueError(
+                f"{source}: expected each tensor once, got {name!r} under several names, as {key!r}"
+            )
+        named[name] = value
     for prefix in ("ema_denoiser.", "denoiser."):
         chosen = {key[len(prefix) :]: value for key, value in named.items() if key.startswith(prefix)}
         if chosen:

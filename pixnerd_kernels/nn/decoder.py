@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.nn.layers import Linear, RMSNorm, fusable, untouched
 from pixnerd_kernels.ops import (
     DecoderBlockParams,
@@ -77,6 +78,9 @@ class PixelDecoder(nn.Module):
         normalize: as in `neural_field_mlp`. final_norm: whether there is the norm after the blocks.
         workspace, save_weights: as in `pixel_decoder`; attributes that may be changed at any time.
 
+    Raises:
+        TypeError, ValueError: every size that is no integer of at least 1, at once.
+
     Source: PixNerd (arXiv 2507.23268), section 3, whose linear layer on pixel and encoding concatenated is
     split into the two terms above.
     """
@@ -98,6 +102,13 @@ class PixelDecoder(nn.Module):
         save_weights: bool = False,
     ) -> None:
         super().__init__()
+        problems = Problems("PixelDecoder")
+        for name, value in (
+            ("in_channels", in_channels), ("hidden_size", hidden_size), ("channels", channels), ("ratio", ratio),
+            ("num_blocks", num_blocks), ("patch_size", patch_size), ("max_freqs", max_freqs),
+        ):  # fmt: skip
+            problems.count(name, value)
+        problems.raise_if_any()
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.encoding = encoding

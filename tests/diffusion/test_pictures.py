@@ -124,6 +124,7 @@ def test_sizes_that_patches_do_not_tile_are_refused(model):
         pictures.decoder_scale(model, 9, 8)
     with pytest.raises(ValueError, match="trained_size: expected a multiple of the patch size 4, got 10"):
         pictures.decoder_scale(model, 10, 10)
+    assert draw(model, [np.int64(1)]).equal(draw(model, [1]))
     for label in (3, 1.5, "a"):
         with pytest.raises(ValueError, match=f"a class from 0 to 2, got {label!r}"):
             draw(model, [0, label])

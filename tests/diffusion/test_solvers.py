@@ -182,8 +182,11 @@ def test_x_keeps_the_dtype_of_noise(solver, dtype):
         ({"guidance_interval": 0.5}, "guidance_interval: expected a pair of times"),
         ({"guidance_interval": ("a", 1)}, "guidance_interval: expected a number"),
         ({"guidance_interval": (1, 0)}, "guidance_interval: expected low not above high"),
+        ({"guidance_interval": (0, float("nan"))}, "guidance_interval: expected a number from -inf to inf"),
         ({"last_step": "x"}, "last_step: expected a number"),
         ({"last_step": 1e-9}, "last_step: expected values that leave each of 4 steps some length"),
+        ({"last_step": 1e-9}, "^sample: last_step: [^;]*$"),
+        ({"num_steps": 20_000_000}, "^sample: num_steps: expected values that leave each"),
         ({"last_step": 1.0}, "last_step: expected values that leave each of 4 steps some length"),
         ({"timeshift": 1e39}, "timeshift: expected values that leave each of 4 steps some length"),
         ({"timeshift": 1e-300}, "timeshift: expected values that leave each of 4 steps some length"),
@@ -199,6 +202,14 @@ def test_a_nonsensical_argument_is_named(arguments, message):
     given = {"velocity": velocity, "noise": TENSORS["noise"], "condition": TENSORS["cond"], "num_steps": 4}
     with pytest.raises((TypeError, ValueError), match=message):
         sample(**given | arguments)
+
+
+def test_an_interval_may_be_open():
+    """Guidance at every time."""
+    noise, condition = TENSORS["noise"], TENSORS["cond"]
+    given = {"noise": noise, "condition": condition, "uncondition": condition + 1, "num_steps": 4}
+    out = sample(velocity, **given, guidance=2.0, guidance_interval=(-float("inf"), float("inf")))
+    assert torch.equal(out, sample(velocity, **given, guidance=2.0, guidance_interval=(-1.0, 2.0)))
 
 
 @pytest.mark.parametrize("count", [0, 1.5, None])

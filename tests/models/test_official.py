@@ -69,6 +69,12 @@ def test_wrappers_leave_no_trace_in_names(state, prefix):
     assert_same(models.load_official(wrapped), state)
 
 
+def test_two_names_of_one_tensor_are_refused(state):
+    double = {"module.s_embedder.proj.bias": state["s_embedder.proj.bias"] + 1, **state}
+    with pytest.raises(ValueError, match=r"got 's_embedder.proj.bias' under several names"):
+        models.load_official(double)
+
+
 def test_loading_copies_and_keeps_the_dtype(state):
     half = {key: value.bfloat16() for key, value in state.items()}
     model = models.load_official(half)

@@ -174,6 +174,12 @@ def test_checkpointed_blocks(fused, count):
         torch.testing.assert_close(found.grad, wanted.grad)
 
 
+def test_every_size_that_is_none_is_named():
+    message = "in_channels: expected an integer of at least 1, got 0 .*; num_blocks: .* got 0 .*; patch_size: .* 4.0"
+    with pytest.raises(TypeError, match=message):
+        PixelDecoder(0, 24, 8, 2, 0, 4.0)
+
+
 def test_it_compiles_as_one_graph(fused):
     head, (image, hidden) = made().float(), inputs()
     image, hidden = image.float(), hidden.float()

@@ -49,6 +49,7 @@ def check(
     x: Any, w1: Any, w2: Any, w_gate: Any, norm_weight: Any,
     normalize: Any, activation: Any, residual: Any, norm_eps: Any, weight_eps: Any,
 ) -> None:  # fmt: skip
+    """The arguments of `neural_field_mlp`, every problem at once."""
     problems = Problems("neural_field_mlp")
     others = [("w1", w1), ("w2", w2)] + ([] if w_gate is None else [("w_gate", w_gate)])
     readable = problems.tensor("x", x, 3, "[N, S, D1]")
@@ -139,6 +140,7 @@ def _check_options(
 
 
 def split(params: Tensor, channels: int, hidden: int, gated: bool) -> FieldParams:
+    """`split_params` of what has passed its checks."""
     patches, size = params.shape[0], channels * hidden
     w_gate = None
     if gated:
