@@ -82,6 +82,21 @@ def gradients_at_once(function, tensors, along, upstream):
     return torch.autograd.grad(function(*leaves), leaves, several, is_grads_batched=True)
 
 
+def tangents_of_gradients(function, tensors, along, upstream):
+    """Of a backward pass alone, whose incoming gradients have tangents after a forward that knew of none."""
+    leaves = _leaves(tensors)
+    out = function(*leaves)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(g, 2 * g + 1) for g in upstream]
+        return [forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(out, leaves, duals)]
+
+
+def gradients_of_those_tangents(function, tensors, along, upstream):
+    """The same: gradients are linear in the incoming ones. PyTorch's own layers have no tangents there."""
+    leaves = _leaves(tensors)
+    return torch.autograd.grad(function(*leaves), leaves, [2 * g + 1 for g in upstream])
+
+
 def second_gradients(function, tensors, along, upstream):
     """As a gradient penalty needs; incoming gradients have one, too."""
     leaves, upstream = _leaves(tensors), _leaves(upstream)
@@ -106,12 +121,15 @@ KINDS: dict[str, Kind] = {
         mapped,
         gradients_of_examples,
         gradients_at_once,
+        tangents_of_gradients,
         second_gradients,
         third_gradients,
     )
 }
+#: How plain PyTorch computes the same where it is another way.
+PLAIN: dict[str, Kind] = {"tangents_of_gradients": gradients_of_those_tangents}
 #: Kinds whose forward, and the first gradient of most, are the kernels' own.
-BY_KERNELS = ("gradients_at_once", "second_gradients", "third_gradients")
+BY_KERNELS = ("gradients_at_once", "tangents_of_gradients", "second_gradients", "third_gradients")
 
 
 def assert_derivatives(
@@ -129,7 +147,7 @@ def assert_derivatives(
     along, upstream = [drawn(tensor) for tensor in tensors.values()], [drawn(o) for o in plain(**tensors)]
 
     def found(
-        function: Callable[..., Sequence[Tensor]], dtype: torch.dtype | None = None
+        take: Kind, function: Callable[..., Sequence[Tensor]], dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
         def positional(*values: Tensor) -> tuple[Tensor, ...]:
             return tuple(function(**dict(zip(tensors, values, strict=True))))
@@ -138,6 +156,7 @@ def assert_derivatives(
             return [value.detach().clone() if dtype is None else value.to(dtype) for value in values]
 
         arguments = cast(list(tensors.values())), cast(along), cast(upstream)
-        return {str(i): t.detach() for i, t in enumerate(KINDS[kind](positional, *arguments))}
+        return {str(i): t.detach() for i, t in enumerate(take(positional, *arguments))}
 
-    assert_within(found(op), found(plain), found(plain, torch.float64))
+    own, other = KINDS[kind], PLAIN.get(kind, KINDS[kind])
+    assert_within(found(own, op), found(other, plain), found(other, plain, torch.float64))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,10 +66,15 @@ def _transformed(args: Any) -> bool:
     """Whether a transform of torch.func is active, or a tensor has a tangent."""
     if torch._C._are_functorch_transforms_active():
         return True
-    return forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(leaf).tangent is not None
-        for leaf in tree_leaves(args)
-        if isinstance(leaf, torch.Tensor)
+    return forward_ad._current_level >= 0 and has_tangents(tree_leaves(args))
+
+
+def has_tangents(values: Sequence[Any]) -> bool:
+    """Whether any tensor among them has a tangent in the current level of dual numbers."""
+    return any(
+        forward_ad.unpack_dual(value).tangent is not None
+        for value in values
+        if isinstance(value, torch.Tensor)
     )
 
 
@@ -218,7 +223,7 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         again = torch.is_grad_enabled()
         needs = ctx.needs_input_grad[3:]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch._C._DisableAutocast():
             # Views, so that a tensor that is two arguments gets the gradient of each.
             leaves = [
                 other if tensor is None else tensor.view_as(tensor) if need else tensor
@@ -230,15 +235,11 @@ class _Gradients(torch.autograd.Function):
                 (result, grad) for result, grad in zip(outs, grads, strict=True) if result.requires_grad
             ]
             inputs = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-            found = iter(
-                torch.autograd.grad(
-                    [result for result, _ in reached],
-                    inputs,
-                    [grad for _, grad in reached],
-                    create_graph=again,
-                    allow_unused=True,
-                )
-            )
+            found: Iterator[torch.Tensor] = map(torch.zeros_like, inputs)  # of what depends on nothing
+            if reached:
+                options = {"create_graph": again, "allow_unused": True, "materialize_grads": True}
+                results, incoming = zip(*reached, strict=True)
+                found = iter(torch.autograd.grad(results, inputs, incoming, **options))
         return None, None, None, *(next(found) if need else None for need in needs)
 
 

@@ -5,6 +5,7 @@ import copy
 import torch
 from test_pixnerd import conditions, families, randomised
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixnerd_kernels.nn import transformer
 
@@ -64,6 +65,27 @@ def test_tangents_compile_as_one_graph():
     for out, eager in zip(compiled(x, t), tangent(x, t), strict=True):
         torch.testing.assert_close(out, eager)
     torch.compiler.reset()
+
+
+@families
+def test_a_penalty_on_gradients(config):
+    """Under torch's formula for attention, whose flash kernels have no second derivatives."""
+    model, y = randomised(config, torch.float64), conditions(config, 2)
+    y = y.double() if y.is_floating_point() else y
+    x, t = torch.randn(2, config.in_channels, 8, 12).double(), torch.rand(2).double()
+
+    def penalty(x):
+        leaf = x.detach().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            out = model(leaf, t, y)
+        (gradient,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        return gradient.square().sum(), leaf
+
+    along = torch.randn_like(x)
+    total, leaf = penalty(x)
+    (second,) = torch.autograd.grad(total, leaf)
+    expected = difference(lambda x: penalty(x)[0].detach(), (x,), (along,))
+    torch.testing.assert_close((second * along).sum(), expected, rtol=1e-6, atol=0)
 
 
 def test_gradients_of_every_example():

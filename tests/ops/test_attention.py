@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pixnerd_kernels.ops.attention import _first, attention, flash, not_supported_reasons, select
+from pixnerd_kernels.ops.attention import (
+    _beyond_flash,
+    _first,
+    attention,
+    flash,
+    not_supported_reasons,
+    select,
+)
 
 
 def formula(q, k, v, bias=None):
@@ -216,9 +223,14 @@ def test_derivatives():
     """Forward mode and nested gradients take torch's formula, as its flash kernels have none."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 5, 2, 8, dtype=torch.float64).unbind(0)
-    for mode in (jvp_of, torch.func.hessian, gradients_of_gradients):
+    for mode in (jvp_of, torch.func.hessian, jacobian_twice, gradients_of_gradients):
         for own, exact in zip(mode(attention)(q, k, v), mode(formula)(q, k, v), strict=True):
             torch.testing.assert_close(own, exact)
+
+
+def jacobian_twice(function):
+    """Reverse mode within reverse mode."""
+    return torch.func.jacrev(torch.func.jacrev(function))
 
 
 def jvp_of(function):
@@ -248,3 +260,12 @@ def test_flash_packages_are_for_plain_calls(packages, monkeypatch):
     with torch.autograd.forward_ad.dual_level():
         assert select(q) == "sdpa"
     assert torch.func.vmap(lambda x: x * (select(q) == "sdpa"))(torch.ones(2)).all()
+
+
+def test_what_has_no_tangent_stays_on_the_flash_kernel():
+    """Within a level of dual numbers too, such as a frozen model beside the one that is differentiated."""
+    q = torch.randn(1, 5, 2, 8)
+    with torch.autograd.forward_ad.dual_level():
+        assert not _beyond_flash(q, q, q)
+        dual = torch.autograd.forward_ad.make_dual(q, q)
+        assert _beyond_flash(q, q, dual)

@@ -82,6 +82,24 @@ def test_derivatives(any_isa, form, case, kind, dtype):
     assert_derivatives(kind, op, plain, inputs_of(form, case, dtype))
 
 
+def test_gradients_that_depend_on_nothing_have_gradients_of_zero(any_isa):
+    """Those of a linear function."""
+    x, w1, w2 = torch.randn(2, 4, 3), torch.randn(2, 3, 5), torch.randn(2, 5, 3)
+    scale = torch.ones(3, requires_grad=True)
+    h = x * scale
+    y = neural_field_mlp(h, w1, w2, activation="relu", normalize=())
+    (g,) = torch.autograd.grad(y.sum(), h, create_graph=True)
+    assert torch.equal(torch.autograd.grad(g.square().sum(), scale)[0], torch.zeros(3))
+
+
+def test_the_result_is_contiguous_by_every_way(backend):
+    """Also where the pixels are not: the kernels', the reference's, and that of forward mode."""
+    x, w1, w2 = torch.randn(2, 8, 4).mT, torch.randn(2, 8, 3), torch.randn(2, 3, 8)
+    assert neural_field_mlp(x, w1, w2).is_contiguous()
+    out, tangent = torch.func.jvp(lambda x: neural_field_mlp(x, w1, w2).view(-1), (x,), (x,))
+    assert out.shape == tangent.shape == (64,)
+
+
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["same thread", "another thread"])
 @forms
 def test_backward_takes_the_backend_of_its_forward(any_isa, core, form, elsewhere):

@@ -63,6 +63,18 @@ def test_derivatives(any_isa, case, kind, save_weights, dtype):
     )
 
 
+def test_a_tensor_that_is_two_arguments_has_both_gradients(any_isa):
+    """Of several incoming gradients at once: the weight of a block's norm and of the last one."""
+    case, upstream = CASES[0], torch.stack([CASES[0].upstream(), -2 * CASES[0].upstream()])
+    shared = case.inputs()["norm_weight"].requires_grad_()
+    tensors = {name: shared if name in ("norm_weight", "norm.0") else t for name, t in case.inputs().items()}
+    found = [
+        torch.autograd.grad(function(case, tensors), shared, upstream, is_grads_batched=True)[0]
+        for function in (decode, plain_decoder)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_backward_takes_the_backend_of_its_forward(any_isa):
     case = CASES[0]
     tensors = {name: tensor.requires_grad_() for name, tensor in case.inputs().items()}

@@ -56,6 +56,20 @@ class TestMatrix(Matrix):
     pass
 
 
+@pytest.mark.parametrize(("tokens", "text"), [(3, 0), (0, 3)])
+def test_gradients_at_once_where_there_is_nothing(any_isa, tokens, text):
+    any_isa.may_idle = True
+    qkv, text_kv = torch.randn(1, tokens, 3, 2, 4), torch.randn(1, text, 2, 2, 4)
+    leaves = [tensor.requires_grad_() for tensor in (qkv, text_kv)]
+    out = qk_norm_rope(qkv, torch.ones(4), torch.ones(4), None, text_kv)
+    upstream = [torch.randn(2, *o.shape) for o in out]
+    found = torch.autograd.grad(out, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        each = torch.autograd.grad(out, leaves, [u[i] for u in upstream], retain_graph=True)
+        for own, one in zip(found, each, strict=True):
+            torch.testing.assert_close(own[i], one)
+
+
 def test_gradients_in_attentions_layout(backend):
     """scaled_dot_product_attention's gradients come as [B, heads, L, d] seen from the side."""
     call = CALLS[1]

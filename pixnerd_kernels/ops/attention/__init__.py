@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.attention import flash
 from pixnerd_kernels.ops.dtypes import autocasts
-from pixnerd_kernels.ops.library import Passed, plain
+from pixnerd_kernels.ops.library import Passed, has_tangents, plain
 
 #: In order of preference for tensors that flash kernels take; "sdpa" takes all others.
 BACKENDS = ("flash3", "flash4", "flash2", "sdpa")
@@ -40,10 +40,10 @@ def attention(
     Returns:
         [B, L, heads, d] in q's dtype.
 
-    Gradients flow to all of them. Flash kernels have no tangents and no second derivatives: in forward mode and in
-    nested gradients of torch.func, torch's formula is taken, which writes all logits to memory. For
-    torch.autograd.grad(create_graph=True) ask for it, as for torch's own function:
-    torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the forward.
+    Gradients flow to all of them. Flash kernels have no tangents and no second derivatives: in forward mode and,
+    unless it is compiled, in nested gradients of torch.func, torch's formula is taken, which writes all logits to
+    memory. For all other second derivatives (torch.autograd.grad with create_graph) ask for it, as for torch's own
+    function: torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the forward.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -57,18 +57,19 @@ def attention(
     if chosen != "sdpa":
         return flash.run(chosen, q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    with sdpa_kernel(SDPBackend.MATH) if _beyond_flash() else contextlib.nullcontext():
+    with sdpa_kernel(SDPBackend.MATH) if _beyond_flash(q, k, v) else contextlib.nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-def _beyond_flash() -> bool:
-    """Whether tangents or gradients of gradients are taken."""
-    if forward_ad._current_level >= 0:
-        return True
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return False
+def _beyond_flash(*tensors: Tensor) -> bool:
+    """Whether tangents or, where no compiler traces, gradients of torch.func's gradients are taken."""
+    dual = forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():
+        return dual
+    if not torch._C._are_functorch_transforms_active():
+        return dual and has_tangents(tensors)
     levels = torch._C._functorch.get_interpreter_stack() or []
-    return sum(level.key() == torch._C._functorch.TransformType.Grad for level in levels) > 1
+    return dual or sum(level.key() == torch._C._functorch.TransformType.Grad for level in levels) > 1
 
 
 def _check(q: Any, k: Any, v: Any, mask: Any, backend: Any) -> None:

@@ -90,7 +90,7 @@ def forward(
         gate = torch.bmm(n, w_gate) * column_scale(w_gate, normalize[2], weight_eps)
         h = activate(gate, activation)[0] * z
     y = torch.bmm(h, w2) * column_scale(w2, normalize[1], weight_eps)
-    return (x + y if residual else y).to(out_dtype)
+    return (x + y if residual else y).to(out_dtype).contiguous()
 
 
 def backward(

@@ -314,7 +314,7 @@ def _backward_formula(grad, saved, needs, *arguments):  # type: ignore[no-untype
     with torch.enable_grad():
         # Views, so that a tensor that is two arguments gets the gradient of each.
         flat = [
-            t if t is None or not need else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            t.view_as(t) if t is not None and need else t
             for t, need in zip(_flatten(tensors), needs, strict=True)
         ]
         out, _ = _formula(*_regroup(_counts(tensors), flat), *options)

@@ -74,18 +74,18 @@ def backward(
     """Gradients of qkv, q_weight, k_weight and text_kv, contiguous."""
     tokens, wide = qkv.shape[1], compute_dtype(qkv.dtype)
     q, k, _ = qkv.unbind(2)
-    text_k, text_v = grad_k[:, tokens:], grad_v[:, tokens:]
-    if text_kv is not None:  # the whole is no slice: autograd's batches do not know that
-        grad_k, grad_v = grad_k[:, :tokens], grad_v[:, :tokens]
-    g_q, g_k = grad_q.to(wide), grad_k.to(wide)
+    # Not by indexing, which makes an alias of the whole: gradients computed several at a time do not know that.
+    own_k, own_v = grad_k.narrow(1, 0, tokens), grad_v.narrow(1, 0, tokens)
+    g_q, g_k = grad_q.to(wide), own_k.to(wide)
     if rope is not None:
         g_q, g_k = rotate(g_q, rope, back=True), rotate(g_k, rope, back=True)
     dq, dq_weight = _norm_backward(g_q, q, q_weight, eps)
     dk, dk_weight = _norm_backward(g_k, k, k_weight, eps)
     d_text = None
     if text_kv is not None:
+        text_k, text_v = (g.narrow(1, tokens, g.shape[1] - tokens) for g in (grad_k, grad_v))
         d_text_k, more = _norm_backward(text_k.to(wide), text_kv[:, :, 0], k_weight, eps)
         d_text = torch.stack([d_text_k, text_v], dim=2)
         dk_weight = dk_weight + more
-    d_qkv = torch.stack([dq, dk, grad_v], dim=2)
+    d_qkv = torch.stack([dq, dk, own_v], dim=2)
     return d_qkv, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), d_text

@@ -54,7 +54,7 @@ def is_linear(module: nn.Module) -> bool:
 
     Within torch.func.functional_call its weight is a tensor and no nn.Parameter.
     """
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, "weight", None) if "weight" in own_tensors(module) else None
     return (
         not list(module.children())
         and set(own_tensors(module)) <= {"weight", "bias"}
