@@ -23,6 +23,7 @@ AROUND = [
     "export",
     "derivatives",
     "with_aot_eager",
+    "compile_for_any_batch",
     "normalized_before",
     "only_the_output_is_written",
     "only_the_results_are_written",
