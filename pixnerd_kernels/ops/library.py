@@ -66,14 +66,14 @@ def _transformed(args: Any) -> bool:
     """Whether a transform of torch.func is active, or a tensor has a tangent."""
     if torch._C._are_functorch_transforms_active():
         return True
-    return forward_ad._current_level >= 0 and has_tangents(tree_leaves(args))
+    return has_tangents(args)
 
 
-def has_tangents(values: Sequence[Any]) -> bool:
-    """Whether any tensor among them has a tangent in the current level of dual numbers."""
-    return any(
+def has_tangents(values: Any) -> bool:
+    """Whether any tensor among them, or in a list of them, has a tangent in the current level of dual numbers."""
+    return forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(value).tangent is not None
-        for value in values
+        for value in tree_leaves(values)
         if isinstance(value, torch.Tensor)
     )
 

@@ -67,7 +67,7 @@ def _beyond_flash(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return dual
     if not torch._C._are_functorch_transforms_active():
-        return dual and has_tangents(tensors)
+        return has_tangents(tensors)
     levels = torch._C._functorch.get_interpreter_stack() or []
     return dual or sum(level.key() == torch._C._functorch.TransformType.Grad for level in levels) > 1
 

@@ -15,6 +15,12 @@ from pixnerd_kernels.ops.library import register, register_autograd, register_gr
 from pixnerd_kernels.ops.native import dense_rows
 from pixnerd_kernels.ops.neural_field_mlp import WEIGHTS, select_backend
 from pixnerd_kernels.ops.pixel_decoder import chunks, reference
+from pixnerd_kernels.ops.pixel_decoder.arguments import (
+    check_patch,
+    check_tokens,
+    check_workspace,
+    scaled_patch,
+)
 from pixnerd_kernels.ops.pixel_decoder.params import (
     DecoderBlockParams,
     DecoderParams,
@@ -23,12 +29,6 @@ from pixnerd_kernels.ops.pixel_decoder.params import (
 )
 
 __all__ = ["DecoderBlockParams", "DecoderParams", "pixel_decoder", "scaled_patch"]
-
-
-def scaled_patch(patch_size: int, decoder_scale: Sequence[float]) -> tuple[int, int]:
-    """Pixels of a decoded patch (height, width): int(P * sh) x int(P * sw), exact for a scale of n / P."""
-    height, width = (int(patch_size * scale + 1e-6) for scale in decoder_scale)
-    return height, width
 
 
 def pixel_decoder(
@@ -87,13 +87,13 @@ def pixel_decoder(
     readable = problems.tensor("image", image, 4, "[B, C, H, W]")
     readable &= problems.tensor("hidden", hidden, 3, "[B, L, D]")
     problems.same_device("image", image, [("hidden", hidden)])
-    patch = _check_patch(problems, patch_size, decoder_scale)
-    limit = _check_workspace(problems, workspace)
+    patch = check_patch(problems, patch_size, decoder_scale)
+    limit = check_workspace(problems, workspace)
     if not isinstance(save_weights, bool):
         problems.add_type("save_weights", "True or False", save_weights)
     if readable:
         if patch:
-            _check_tokens(problems, image, hidden, patch)
+            check_tokens(problems, image, hidden, patch)
         check_params(problems, decoder_params, image, hidden)
     names = ["hidden", *(name for name, _ in named)]
     problems.same_dtype("image", image, list(zip(names, [hidden, *generated], strict=True)))
@@ -119,47 +119,6 @@ def pixel_decoder(
         params.norm_eps, params.weight_eps, limit, save_weights and wants_gradient, backends.forced_backend(),
     )  # fmt: skip
     return out
-
-
-def _check_patch(
-    problems: Problems, patch_size: object, decoder_scale: Sequence[float]
-) -> tuple[int, int] | None:
-    """Height and width of a patch in pixels, where they can be told."""
-    counted = problems.count("patch_size", patch_size)
-    if not isinstance(decoder_scale, (tuple, list)) or len(decoder_scale) != 2:
-        problems.add_type("decoder_scale", "a pair (sh, sw)", decoder_scale)
-        return None
-    numbers = [problems.number("decoder_scale", scale) for scale in decoder_scale]
-    if not counted or not all(numbers):
-        return None
-    assert isinstance(patch_size, int)
-    height, width = scaled_patch(patch_size, decoder_scale)
-    if not height or not width:
-        problems.add("decoder_scale", "at least one pixel a patch", decoder_scale)
-        return None
-    return height, width
-
-
-def _check_workspace(problems: Problems, workspace: object) -> int:
-    if workspace is None:
-        return chunks.UNCHUNKED
-    if isinstance(workspace, str):
-        problems.choice("workspace", workspace, ["auto"])
-        return chunks.AUTO
-    problems.count("workspace", workspace, maximum=2**62)
-    return workspace  # type: ignore[return-value]
-
-
-def _check_tokens(problems: Problems, image: Tensor, hidden: Tensor, patch: tuple[int, int]) -> None:
-    height, width = patch
-    if image.shape[2] % height or image.shape[3] % width or 0 in image.shape[1:]:
-        problems.add(
-            "image", f"C above 0, and H and W multiples of the patch of {height} x {width} pixels", image
-        )
-        return
-    expected = (image.shape[0], (image.shape[2] // height) * (image.shape[3] // width))
-    if tuple(hidden.shape[:2]) != expected:
-        problems.add("hidden", f"[{expected[0]}, {expected[1]}, D], a row for every patch", hidden)
 
 
 def _backend(call: chunks.Call, forced: str) -> Any:

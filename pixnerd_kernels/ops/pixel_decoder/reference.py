@@ -115,7 +115,11 @@ def _fields(call: Call, generated: Sequence[Tensor] | Tensor) -> list[tuple[Any,
 
 def embed(call: Call, first: int, count: int) -> Tensor:
     """x [n, S, D1] before the first block, in the computed dtype."""
-    pixels = _read(call, call.image, first, count)
+    return _embed(call, _read(call, call.image, first, count))
+
+
+def _embed(call: Call, pixels: Tensor) -> Tensor:
+    """x before the first block, of pixels [n, S, C]."""
     return F.linear(pixels, call.pixel_weight.to(pixels.dtype)) + call.table.to(pixels.dtype)
 
 
@@ -148,8 +152,7 @@ def formula(call: Call) -> Tensor:
     compute = compute_dtype(call.image.dtype)
     biases: Sequence[Tensor | None] = call.biases or [None] * len(call.generators)
     generated = [F.linear(call.states, *pair) for pair in zip(call.generators, biases, strict=True)]
-    pixels = _grid(call, call.image).flatten(0, 2).flatten(2).mT.to(compute)
-    x = F.linear(pixels, call.pixel_weight.to(compute)) + call.table.to(compute)
+    x = _embed(call, _grid(call, call.image).flatten(0, 2).flatten(2).mT.to(compute))
     for arguments in _fields(call, generated):
         x = field.forward(x, *arguments)
     x = _output(call, x)

@@ -88,11 +88,13 @@ def first_parameter(module: nn.Module, name: str) -> str:
         LookupError: the module has no parameters.
     """
     child = module.get_submodule(name)
+    if child._parameters.get("weight") is not None:
+        return f"{name}.weight"
     inside = [f"{name}.{inner}" for inner, _ in child.named_parameters()]
-    own = [f"{name}.weight"] if child._parameters.get("weight") is not None else []
-    for found in (*own, *inside, *(name for name, _ in module.named_parameters())):
-        return found
-    raise LookupError("no parameter tells the dtype that it computes in")
+    names = inside or [other for other, _ in module.named_parameters()]
+    if not names:
+        raise LookupError("no parameter tells the dtype that it computes in")
+    return names[0]
 
 
 def norm_weight(module: nn.Module) -> str | None:
