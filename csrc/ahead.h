@@ -10,10 +10,10 @@ namespace pixnerd::PIXNERD_ISA {
 
 class Ahead {
  public:
-  // `runs` runs of `bytes` neighbours each, `step` bytes from the start of one to the next's. At most kPieces times.
+  // `runs` runs of `bytes` neighbours each, `step` bytes from the start of one to the next's. Of at most kPieces.
   void add(const void* data, std::int64_t runs, std::int64_t bytes, std::int64_t step) {
     if (step == bytes) bytes *= runs, step = bytes, runs = 1;
-    if (!data || runs <= 0 || bytes <= 0) return;
+    if (!data || runs <= 0 || bytes <= 0 || count_ == kPieces) return;
     pieces_[count_++] = {static_cast<const char*>(data), runs, bytes, step};
     lines_ += runs * ((bytes + kLine - 1) / kLine);
   }
@@ -33,7 +33,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int kLine = 64, kPieces = 6;
+  static constexpr int kLine = 64, kPieces = 10;
   struct Piece {
     const char* data;
     std::int64_t runs, bytes, step;

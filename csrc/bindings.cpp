@@ -41,15 +41,15 @@ pixnerd::Heads input(const StridedHeads& t) { return {address(t[0]), t[1], t[2],
 pixnerd::MutableHeads output(const StridedHeads& t) { return {mutable_address(t[0]), t[1], t[2], t[3]}; }
 
 pixnerd::NeuralField field(std::int64_t patches, std::int64_t pixels, int channels, int hidden, int dtype,
-                           int activation, bool residual, std::array<bool, 3> normalize, double norm_eps,
-                           double weight_eps, int threads, const Strided& x, const Strided& w1, const Strided& w2,
-                           const Strided& w_gate, std::int64_t norm_weight) {
+                           int weight_dtype, int activation, bool residual, std::array<bool, 3> normalize,
+                           double norm_eps, double weight_eps, int threads, const Strided& x, const Strided& w1,
+                           const Strided& w2, const Strided& w_gate, std::int64_t norm_weight) {
   return {.patches = patches,
           .pixels = pixels,
           .channels = channels,
           .hidden = hidden,
           .dtype = static_cast<DType>(dtype),
-          .weight_dtype = static_cast<DType>(dtype),
+          .weight_dtype = static_cast<DType>(weight_dtype),
           .activation = static_cast<pixnerd::Activation>(activation),
           .residual = residual,
           .normalize_w1 = normalize[0],
@@ -294,9 +294,9 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<pixnerd::NeuralField>(m, "NeuralField", "Sizes, options and addresses of one call.")
       .def(py::init(&field), py::kw_only(), py::arg("patches"), py::arg("pixels"), py::arg("channels"),
-           py::arg("hidden"), py::arg("dtype"), py::arg("activation"), py::arg("residual"), py::arg("normalize"),
-           py::arg("norm_eps"), py::arg("weight_eps"), py::arg("threads"), py::arg("x"), py::arg("w1"), py::arg("w2"),
-           py::arg("w_gate"), py::arg("norm_weight"));
+           py::arg("hidden"), py::arg("dtype"), py::arg("weight_dtype"), py::arg("activation"), py::arg("residual"),
+           py::arg("normalize"), py::arg("norm_eps"), py::arg("weight_eps"), py::arg("threads"), py::arg("x"),
+           py::arg("w1"), py::arg("w2"), py::arg("w_gate"), py::arg("norm_weight"));
   m.def(
       "neural_field_mlp_forward",
       [](const pixnerd::NeuralField& field, const Strided& y) {
@@ -318,6 +318,20 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("field"), py::arg("grad"), py::arg("dx"), py::arg("d_w1"), py::arg("d_w2"), py::arg("d_w_gate"),
       py::arg("d_norm_weight"));
+  m.def(
+      "neural_field_mlp_jvp",
+      [](const pixnerd::NeuralField& field, const Strided& x, const Strided& w1, const Strided& w2,
+         const Strided& w_gate, const Strided& y, const Strided& y_tangent) {
+        py::gil_scoped_release release;
+        pixnerd::neural_field_mlp_jvp(field, {.x = input(x),
+                                              .w1 = input(w1),
+                                              .w2 = input(w2),
+                                              .w_gate = input(w_gate),
+                                              .y = output(y),
+                                              .y_tangent = output(y_tangent)});
+      },
+      py::arg("field"), py::arg("x"), py::arg("w1"), py::arg("w2"), py::arg("w_gate"), py::arg("y"),
+      py::arg("y_tangent"));
   m.def(
       "normalize_weights",
       [](std::int64_t outer, std::int64_t rows, std::int64_t columns, int dtype, double eps, int threads,

@@ -9,6 +9,7 @@ namespace pixnerd {
   namespace isa {                                                                                 \
   void neural_field_mlp_forward(const NeuralField&, MutableMatrices);                             \
   void neural_field_mlp_backward(const NeuralField&, const NeuralFieldGradients&);                \
+  void neural_field_mlp_jvp(const NeuralField&, const NeuralFieldTangents&);                      \
   void normalize_weights_forward(const ColumnNorm&, void*);                                       \
   void normalize_weights_backward(const ColumnNorm&, const void*, void*);                         \
   void matmul(const Product&);                                                                    \
@@ -53,6 +54,7 @@ struct Isa {
 #define PIXNERD_KERNELS(isa)         \
   {isa::neural_field_mlp_forward,    \
    isa::neural_field_mlp_backward,   \
+   isa::neural_field_mlp_jvp,        \
    isa::normalize_weights_forward,   \
    isa::normalize_weights_backward,  \
    isa::matmul,                      \
@@ -139,6 +141,9 @@ void neural_field_mlp_forward(const NeuralField& field, MutableMatrices y) {
 }
 void neural_field_mlp_backward(const NeuralField& field, const NeuralFieldGradients& gradients) {
   kernels().neural_field_mlp_backward(field, gradients);
+}
+void neural_field_mlp_jvp(const NeuralField& field, const NeuralFieldTangents& tangents) {
+  kernels().neural_field_mlp_jvp(field, tangents);
 }
 void normalize_weights_forward(const ColumnNorm& norm, void* out) { kernels().normalize_weights_forward(norm, out); }
 void normalize_weights_backward(const ColumnNorm& norm, const void* grad, void* out) {

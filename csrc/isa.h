@@ -29,6 +29,7 @@ void set_isa(const std::string& name);
 struct Kernels {
   void (*neural_field_mlp_forward)(const NeuralField&, MutableMatrices);
   void (*neural_field_mlp_backward)(const NeuralField&, const NeuralFieldGradients&);
+  void (*neural_field_mlp_jvp)(const NeuralField&, const NeuralFieldTangents&);
   void (*normalize_weights_forward)(const ColumnNorm&, void*);
   void (*normalize_weights_backward)(const ColumnNorm&, const void*, void*);
   void (*matmul)(const Product&);

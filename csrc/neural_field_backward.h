@@ -161,23 +161,11 @@ void backward_tile(const NeuralField& f, const NeuralFieldGradients& d, const Pl
   if (d.x.data) write_rows<T>(s.dn, f.residual ? &d.y : nullptr, f.dtype, patch, first, rows, channels, d.x);
 }
 
-// Finish a weight's gradient and store it: out = d - w s * columns_sum(w s * d).
+// Finish a weight's gradient and store it.
 template <class T>
 void write_weight_gradient(const Weight<T>& w, bool normalized, Panels<T> d, DType dtype, std::int64_t patch,
                            int rows, int columns, const MutableMatrices& target) {
-  for (int c = 0; normalized && c < columns; c += kLanes<T>) {
-    const Vec<T> slope = load<T>(w.slope + c);
-    const auto at = [&](Panels<T> m, int r) { return m.row(c / kPanel<T>, r) + c % kPanel<T>; };
-    if (rows == 1) {  // normalised, it is 1 or -1, unless the norm is clamped
-      store<T>(at(d, 0), load<T>(at(d, 0)) * (slope == T(0) ? broadcast(T(1)) : Vec<T>{}));
-      continue;
-    }
-    Vec<T> dot{};
-    for (int r = 0; r < rows; ++r) dot += load<T>(at(w.panels, r)) * slope * load<T>(at(d, r));
-    for (int r = 0; r < rows; ++r) {
-      store<T>(at(d, r), load<T>(at(d, r)) - load<T>(at(w.panels, r)) * slope * dot);
-    }
-  }
+  if (normalized) remove_change_of_norm<T>(w, d, rows, columns);
   write_rows<T>(d, nullptr, dtype, patch, 0, rows, columns, target);
 }
 

@@ -68,6 +68,33 @@ std::int64_t hidden_vectors(const Plan<T>& plan) {
   return static_cast<std::int64_t>(plan.pixels) * ((plan.hidden + kLanes<T> - 1) / kLanes<T>);
 }
 
+// Every tile of every patch: pack(scratch, patch), then tile(scratch, patch, first row, ahead); near(ahead, patch)
+// names what a patch reads and writes. Few patches have their tiles shared out too, and are packed again by each
+// worker.
+template <class T, class Scratches, class Near, class Pack, class Tile>
+void over_tiles(const NeuralField& f, const Plan<T>& plan, Near&& near, Pack&& pack, Tile&& tile) {
+  Arena<T> measure(nullptr);
+  Scratches(f, plan, measure);
+  const int tiles = (plan.pixels + plan.tile - 1) / plan.tile;
+  int parts = 1;
+  while (parts < tiles && f.patches * parts < f.threads) ++parts;
+  const std::int64_t count = tiles ? f.patches * parts : 0;
+  const int workers = workers_for(count, f.threads);
+  const Scratch scratch(measure.used(), workers);
+  parallel_for(count, f.threads, [&](int worker, std::int64_t item) {
+    Arena<T> arena(scratch.slice(worker));
+    Scratches s(f, plan, arena);
+    const std::int64_t patch = item / parts;
+    const int part = static_cast<int>(item % parts);
+    // What the worker will probably read and write next comes near while it computes.
+    Ahead ahead;
+    if (parts == 1 && patch + workers < f.patches) near(ahead, patch + workers);
+    ahead.spread(hidden_vectors(plan));
+    pack(s, patch);
+    for (int t = part; t < tiles; t += parts) tile(s, patch, t * plan.tile, ahead);
+  });
+}
+
 // Rows first ... of y from those of x, which may be the same memory; `ahead` takes one step for each vector of the
 // hidden layer.
 template <class T, class Act, class Scratch>

@@ -1,8 +1,6 @@
 #include "neural_field_mlp.h"
 
 #include "neural_field_backward.h"
-#include "parallel.h"
-#include "scratch.h"
 
 // A worker takes one patch at a time. It packs the patch's weights into panels (converting, padding and
 // summing squares on the way), then loops over tiles of pixels whose activations stay in cache. No normalised
@@ -13,31 +11,17 @@ namespace {
 template <class T, class O, class Act>
 void forward(const NeuralField& f, const MutableMatrices& y) {
   const Plan<T> plan(f, 1, f.w_gate.data ? 2 : 1, 96 << 10);
-  Arena<T> measure(nullptr);
-  ForwardScratch<T, O>(f, plan, measure);
-  // Few patches: their tiles are shared out too, and the weights packed again by each worker.
-  const int tiles = (plan.pixels + plan.tile - 1) / plan.tile;
-  int parts = 1;
-  while (parts < tiles && f.patches * parts < f.threads) ++parts;
-  const std::int64_t count = tiles ? f.patches * parts : 0;
-  const int workers = workers_for(count, f.threads);
-  const Scratch scratch(measure.used(), workers);
-  parallel_for(count, f.threads, [&](int worker, std::int64_t item) {
-    Arena<T> arena(scratch.slice(worker));
-    ForwardScratch<T, O> s(f, plan, arena);
-    const std::int64_t patch = item / parts;
-    const int part = static_cast<int>(item % parts);
-    // What the worker will probably read and write next comes near while it computes.
-    Ahead ahead;
-    if (parts == 1 && patch + workers < f.patches) {
-      add_weights_ahead(f, plan, patch + workers, ahead);
-      add_ahead(ahead, f.x, f.dtype, patch + workers, plan.pixels, plan.channels);
-      add_ahead(ahead, y, f.dtype, patch + workers, plan.pixels, plan.channels);
-    }
-    ahead.spread(hidden_vectors(plan));
-    pack_weights<T>(f, plan, patch, s);
-    for (int t = part; t < tiles; t += parts) forward_tile<T, Act>(f, plan, s, patch, t * plan.tile, y, ahead);
-  });
+  over_tiles<T, ForwardScratch<T, O>>(
+      f, plan,
+      [&](Ahead& ahead, std::int64_t patch) {
+        add_weights_ahead(f, plan, patch, ahead);
+        add_ahead(ahead, f.x, f.dtype, patch, plan.pixels, plan.channels);
+        add_ahead(ahead, y, f.dtype, patch, plan.pixels, plan.channels);
+      },
+      [&](ForwardScratch<T, O>& s, std::int64_t patch) { pack_weights<T>(f, plan, patch, s); },
+      [&](const ForwardScratch<T, O>& s, std::int64_t patch, int first, Ahead& ahead) {
+        forward_tile<T, Act>(f, plan, s, patch, first, y, ahead);
+      });
 }
 
 template <class T, class O, class Act>

@@ -40,10 +40,20 @@ struct NeuralFieldGradients {
   void* norm_weight = nullptr;                    // [channels] in the computed type
 };
 
+// The direction of a Jacobian-vector product, and where it and the value go. Weights have tangents all or none.
+struct NeuralFieldTangents {
+  Matrices x;                    // [patches, pixels, channels] in x's dtype; null for zero, like those below
+  Matrices w1, w2, w_gate;       // in the weights' dtype
+  MutableMatrices y, y_tangent;  // [patches, pixels, channels]
+};
+
 // y [patches, pixels, channels], written once. Throws std::bad_alloc.
 void neural_field_mlp_forward(const NeuralField& field, MutableMatrices y);
 
 // Every wanted gradient, written once. Results do not depend on the number of threads. Throws std::bad_alloc.
 void neural_field_mlp_backward(const NeuralField& field, const NeuralFieldGradients& gradients);
+
+// y and its tangent, each written once. Throws std::bad_alloc.
+void neural_field_mlp_jvp(const NeuralField& field, const NeuralFieldTangents& tangents);
 
 }  // namespace pixnerd

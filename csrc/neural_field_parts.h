@@ -5,6 +5,8 @@
 #include "ahead.h"
 #include "gemm.h"
 #include "neural_field_mlp.h"
+#include "parallel.h"
+#include "scratch.h"
 
 namespace pixnerd::PIXNERD_ISA {
 
@@ -156,6 +158,25 @@ void pack(const Matrices& source, DType dtype, std::int64_t patch, int rows, int
   }
 }
 
+// d - w s * columns_sum(w s * d) in place of d, with s where a weight is normalised: times s, the tangent of w * s
+// from that of w; and the gradient of w from that of w * s.
+template <class T>
+void remove_change_of_norm(const Weight<T>& w, Panels<T> d, int rows, int columns) {
+  for (int c = 0; c < columns; c += kLanes<T>) {
+    const Vec<T> slope = load<T>(w.slope + c);
+    const auto at = [&](Panels<T> m, int r) { return m.row(c / kPanel<T>, r) + c % kPanel<T>; };
+    if (rows == 1) {  // normalised, it is 1 or -1, unless the norm is clamped
+      store<T>(at(d, 0), load<T>(at(d, 0)) * (slope == T(0) ? broadcast(T(1)) : Vec<T>{}));
+      continue;
+    }
+    Vec<T> dot{};
+    for (int r = 0; r < rows; ++r) dot += load<T>(at(w.panels, r)) * slope * load<T>(at(d, r));
+    for (int r = 0; r < rows; ++r) {
+      store<T>(at(d, r), load<T>(at(d, r)) - load<T>(at(w.panels, r)) * slope * dot);
+    }
+  }
+}
+
 // A patch's matrix (of Matrices or MutableMatrices) will be needed.
 template <class M>
 void add_ahead(Ahead& ahead, const M& m, DType dtype, std::int64_t patch, int rows, int columns) {
@@ -177,14 +198,18 @@ void read_rows(const Matrices& source, DType dtype, std::int64_t patch, int firs
   });
 }
 
-// Replace the rows of x by n = x * rsqrt(mean(x^2) + eps) * weight; inverse receives the rsqrt of each row.
+// Replace the rows of x by n = x * rsqrt(mean(x^2) + eps) * weight, or without the weight where it is null; inverse
+// receives the rsqrt of each row.
 template <class T>
 void rms_norm(Panels<T> x, int rows, int columns, T eps, const T* weight, T* inverse) {
   for (int r = 0; r < rows; ++r) {
     Vec<T> squares{};
     for_row(x, r, columns, [&](int, T* p) { squares += load<T>(p) * load<T>(p); });
     inverse[r] = T(1) / square_root(sum<T>(squares) / T(columns) + eps);
-    for_row(x, r, columns, [&](int c, T* p) { store<T>(p, load<T>(p) * inverse[r] * load<T>(weight + c)); });
+    for_row(x, r, columns, [&](int c, T* p) {
+      const Vec<T> unit = load<T>(p) * inverse[r];
+      store<T>(p, weight ? unit * load<T>(weight + c) : unit);
+    });
   }
 }
 

@@ -24,6 +24,7 @@ KERNELS = (
     "modulated_rms_norm_forward",
     "neural_field_mlp_backward",
     "neural_field_mlp_forward",
+    "neural_field_mlp_jvp",
     "normalize_weights",
     "pixel_decoder_backward",
     "pixel_decoder_forward",

@@ -27,7 +27,8 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 def register(schema: str, implementation: Callable, fake: Callable) -> None:
     """Define ``pixnerd::<schema>``: one implementation for every device, and its fake for tracing.
 
-    The implementation chooses the backend. Gradients need `register_autograd`; backward ops, `register_gradients`.
+    The implementation chooses the backend. Gradients need `register_autograd`; backward ops, `register_gradients`;
+    ops of tangents, `register_jvp`.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
@@ -35,22 +36,75 @@ def register(schema: str, implementation: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"pixnerd::{name}", fake, lib=LIBRARY)
 
 
-def register_autograd(name: str, apply: Callable, formula: Callable) -> None:
+def register_autograd(
+    name: str, apply: Callable, formula: Callable, with_tangents: Callable | None = None
+) -> None:
     """Register a torch.autograd.Function's `apply` as the op's Autograd kernel.
 
     The function's forward calls the op again below autograd. This costs half of what
     `torch.library.custom_op` with `register_autograd` does per call.
 
-    formula: the op in plain PyTorch, out of place. Tangents (forward mode) and the transforms of torch.func, which a
-    kernel knows nothing of, go through it.
+    formula: the op in plain PyTorch, out of place. The transforms of torch.func, which a kernel knows nothing of, go
+    through it.
+
+    with_tangents: the op in forward mode, `with_tangents(jvp, args, tangents)` for arguments without their tangents and
+    these (None where there is none); `jvp(*arguments)` runs the op ``<name>_jvp``, see `register_jvp`, and returns its
+    value with the tangent. It returns None where that op cannot; then, and without it, the formula has the tangents.
     """
 
     def kernel(*args: Any) -> Any:
-        return formula(*args) if _transformed(args) else apply(*args)
+        if not _transformed(args):
+            return apply(*args)
+        if with_tangents is not None and (level := _forward_mode(args)):
+            values, tangents = _take_apart(args)
+            if level == _EAGER or not any(t.requires_grad for t in _tensors((values, tangents))):
+                found = with_tangents(functools.partial(_jvp, f"{name}_jvp", level), values, tangents)
+                if found is not None:
+                    return found
+        return formula(*args)
 
     LIBRARY.impl(name, kernel, "Autograd")
     for batched in _BATCHED:
         LIBRARY.impl(name, formula, batched)
+
+
+_EAGER, _FUNCTIONAL = 1, 2
+
+
+def _forward_mode(args: Any) -> int:
+    """Whether forward mode is all that is active: as dual numbers are made by hand, or as torch.func.jvp makes them."""
+    if not torch._C._are_functorch_transforms_active():
+        return _EAGER if has_tangents(args) else 0
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    alone = [level.key() for level in stack] == [torch._C._functorch.TransformType.Jvp]
+    return _FUNCTIONAL if alone and _any_tangent(args) else 0
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def _take_apart(args: Any) -> tuple[Any, Any]:
+    """Arguments without their tangents, and these in the same places; None where there is none."""
+    leaves, structure = tree_flatten(args)
+    parts = [
+        forward_ad.unpack_dual(leaf, level=_LEVEL) if isinstance(leaf, torch.Tensor) else (leaf, None)
+        for leaf in leaves
+    ]
+    values, tangents = zip(*parts, strict=True)
+    return tree_unflatten(values, structure), tree_unflatten(tangents, structure)
+
+
+def _jvp(name: str, level: int, *args: Any) -> torch.Tensor:
+    """The value that an op of tangents returns, with its tangent."""
+    op = getattr(torch.ops.pixnerd, name)
+    if level == _EAGER:
+        value, tangent = op(*args)
+    else:  # from the transform's level to the one below, where gradients are recorded if at all
+        with torch._C._AutoDispatchBelowAutograd():
+            value, tangent = op(*args)
+    dual: torch.Tensor = forward_ad.make_dual(value, tangent, level=_LEVEL)
+    return dual
 
 
 def by_reference(implementation: Callable) -> Callable:
@@ -71,11 +125,17 @@ def _transformed(args: Any) -> bool:
 
 def has_tangents(values: Any) -> bool:
     """Whether any tensor among them, or in a list of them, has a tangent in the current level of dual numbers."""
-    return forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(value).tangent is not None
-        for value in tree_leaves(values)
-        if isinstance(value, torch.Tensor)
+    return forward_ad._current_level >= 0 and _any_tangent(values)
+
+
+def _any_tangent(values: Any) -> bool:
+    return any(
+        forward_ad.unpack_dual(tensor, level=_LEVEL).tangent is not None for tensor in _tensors(values)
     )
+
+
+#: PyTorch has one level of dual numbers; torch.func.jvp's of a graph that is traced again does not say so.
+_LEVEL = 0
 
 
 def watched() -> bool:
@@ -221,26 +281,80 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        again = torch.is_grad_enabled()
-        needs = ctx.needs_input_grad[3:]
-        with torch.enable_grad(), torch._C._DisableAutocast():
-            # Views, so that a tensor that is two arguments gets the gradient of each.
+        return None, None, None, *_by_formula(ctx, grads, ctx.needs_input_grad[3:])
+
+
+def _by_formula(ctx: Any, grads: Sequence[Any], needs: Sequence[bool]) -> Iterator[torch.Tensor | None]:
+    """Gradients of an op's leaves by its formula, from those of its results (None: zero)."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), torch._C._DisableAutocast():
+        # Views, so that a tensor that is two arguments gets the gradient of each.
+        leaves = [
+            other if tensor is None else tensor.view_as(tensor) if need else tensor
+            for tensor, other, need in zip(ctx.saved_tensors, ctx.others, needs, strict=True)
+        ]
+        out = ctx.formula(*tree_unflatten(leaves, ctx.structure))
+        outs = [out] if isinstance(out, torch.Tensor) else out
+        reached = [
+            (result, grad)
+            for result, grad in zip(outs, grads, strict=True)
+            if result.requires_grad and grad is not None
+        ]
+        inputs = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        found: Iterator[torch.Tensor] = map(torch.zeros_like, inputs)  # of what depends on nothing
+        if reached:
+            options = {"create_graph": again, "allow_unused": True, "materialize_grads": True}
+            results, incoming = zip(*reached, strict=True)
+            found = iter(torch.autograd.grad(results, inputs, incoming, **options))
+    return (next(found) if need else None for need in needs)
+
+
+class _Jvp(torch.autograd.Function):
+    """An op of tangents, its arguments flattened: autograd does not look into lists."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, name: str, formula: Callable, gradients: Callable, structure: TreeSpec, *leaves: Any
+    ) -> Any:
+        ctx.formula, ctx.gradients, ctx.structure = formula, gradients, structure
+        ctx.others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*(leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves))
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.pixnerd, name)(*tree_unflatten(leaves, structure))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any, grad_of_tangent: Any) -> Any:
+        needs = ctx.needs_input_grad[4:]
+        if (
+            grad_of_tangent is None
+        ):  # as where the tangent is part of a target: the value's own backward will do
             leaves = [
-                other if tensor is None else tensor.view_as(tensor) if need else tensor
-                for tensor, other, need in zip(ctx.saved_tensors, ctx.others, needs, strict=True)
+                other if tensor is None else tensor
+                for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)
             ]
-            out = ctx.formula(*tree_unflatten(leaves, ctx.structure))
-            outs = [out] if isinstance(out, torch.Tensor) else out
-            reached = [
-                (result, grad) for result, grad in zip(outs, grads, strict=True) if result.requires_grad
-            ]
-            inputs = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-            found: Iterator[torch.Tensor] = map(torch.zeros_like, inputs)  # of what depends on nothing
-            if reached:
-                options = {"create_graph": again, "allow_unused": True, "materialize_grads": True}
-                results, incoming = zip(*reached, strict=True)
-                found = iter(torch.autograd.grad(results, inputs, incoming, **options))
-        return None, None, None, *(next(found) if need else None for need in needs)
+            found = ctx.gradients(grad, needs, *tree_unflatten(leaves, ctx.structure))
+            return None, None, None, None, *wanted(found, needs)
+        return None, None, None, None, *_by_formula(ctx, (grad, grad_of_tangent), needs)
+
+
+def register_jvp(name: str, formula: Callable, gradients: Callable) -> None:
+    """Make the value and the tangent that the op ``<name>_jvp`` returns differentiable.
+
+    formula: the op in plain PyTorch, out of place; gradients of its tangent and transforms go through it. gradients:
+    `gradients(grad, needs, *args)`, those of its first tensors, in the order of tree_flatten, from the value's alone.
+    """
+    name = f"{name}_jvp"
+
+    def kernel(*args: Any) -> Any:
+        if _transformed(args):
+            return formula(*args)
+        leaves, structure = tree_flatten(args)
+        return _Jvp.apply(name, formula, gradients, structure, *leaves)
+
+    LIBRARY.impl(name, kernel, "Autograd")
+    for batched in _BATCHED:
+        LIBRARY.impl(name, formula, batched)
 
 
 def register_gradients(name: str, formula: Callable) -> None:

@@ -14,8 +14,10 @@ MOST = 64
 
 def kept(tables: dict[Any, Tensor], key: Any, compute: Callable[[], Tensor]) -> Tensor:
     """tables[key], computed where it is not there yet, and then kept if it may be and there are not too many."""
-    # What is made within a transform of torch.func belongs to it, and one that is traced knows no other tensors.
-    if not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
+    # What is made within a transform of torch.func belongs to it; and a tracer's fake tensors know no others.
+    if not torch.compiler.is_dynamo_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+    ):
         return compute()
     if key in tables:
         return tables[key]

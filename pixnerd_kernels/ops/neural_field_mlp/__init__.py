@@ -21,6 +21,7 @@ from pixnerd_kernels.ops.library import (
     register,
     register_autograd,
     register_gradients,
+    register_jvp,
     wanted,
 )
 from pixnerd_kernels.ops.native import fresh
@@ -204,6 +205,8 @@ _OPTIONS = "bool[] normalize, str activation, bool residual, float norm_eps, flo
 _OPTION_COUNT = _OPTIONS.count(",") + 1
 _WEIGHTS = "Tensor w1, Tensor w2, Tensor? w_gate, Tensor? norm_weight"
 _PACKED = "Tensor params, Tensor? norm_weight, int hidden, bool gated"
+_TANGENTS = "Tensor? x_tangent, Tensor? w1_tangent, Tensor? w2_tangent, Tensor? w_gate_tangent"
+_PACKED_TANGENTS = "Tensor? x_tangent, Tensor? params_tangent"
 
 
 def _forward(x, w1, w2, w_gate, norm_weight, *options):  # type: ignore[no-untyped-def]
@@ -242,6 +245,21 @@ def _packed_backward(grad, x, *arguments):  # type: ignore[no-untyped-def]
     return [_or_empty(t, x) for t in _packed_gradients(grad, x, *arguments)]
 
 
+def _jvp(x, w1, w2, w_gate, norm_weight, x_tangent, w1_tangent, w2_tangent, w_gate_tangent, *options):  # type: ignore[no-untyped-def]
+    *options, forced = options
+    tangents = (x_tangent, w1_tangent, w2_tangent, w_gate_tangent)
+    with torch._C._DisableAutocast():
+        return _backend(x, forced).jvp(x, w1, w2, w_gate, norm_weight, *tangents, *options)
+
+
+def _packed_jvp(x, params, norm_weight, hidden, gated, x_tangent, params_tangent, *options):  # type: ignore[no-untyped-def]
+    weights = matrices(params, x.shape[2], hidden, gated)
+    tangents = [None] * 3
+    if params_tangent is not None:
+        tangents = matrices(params_tangent, x.shape[2], hidden, gated)
+    return _jvp(x, *weights, norm_weight, x_tangent, *tangents, *options)
+
+
 def _run_backward(grad, x, weights, norm_weight, need_x, targets, options, forced):  # type: ignore[no-untyped-def]
     """Run the chosen backend's backward; weight gradients are written into `targets` (None: not wanted)."""
     backend = _backend(x, forced)
@@ -270,6 +288,10 @@ def _fake_gradient(tensor: Tensor | None, like: Tensor, wanted: bool = True) -> 
 
 def _fake_forward(x, *rest):  # type: ignore[no-untyped-def]
     return _empty(x)
+
+
+def _fake_jvp(x, *rest):  # type: ignore[no-untyped-def]
+    return _empty(x), _empty(x)
 
 
 def _fake_backward(grad, x, w1, w2, w_gate, norm_weight, need_x, need_weights, *options):  # type: ignore[no-untyped-def]
@@ -311,6 +333,50 @@ def _packed_backward_formula(grad, x, params, norm_weight, hidden, gated, need_x
     return [dx, torch.cat([d.reshape(len(d), x.shape[2] * hidden) for d in packed], dim=1), d_norm]
 
 
+def _jvp_formula(*arguments):  # type: ignore[no-untyped-def]
+    return _jvp(*arguments[:-1], "reference")
+
+
+def _packed_jvp_formula(x, params, norm_weight, hidden, gated, x_tangent, params_tangent, *options):  # type: ignore[no-untyped-def]
+    weights, tangents = split(params, x.shape[2], hidden, gated), (None, None, None)
+    if params_tangent is not None:
+        tangents = split(params_tangent, x.shape[2], hidden, gated)
+    return _jvp_formula(x, *weights, norm_weight, x_tangent, *tangents, *options)
+
+
+# In forward mode, kernels know tangents of all but the norm's weight, and of weights all together.
+
+
+def _with_tangents(jvp, arguments, tangents):  # type: ignore[no-untyped-def]
+    x, w1, w2, w_gate, norm_weight, *options = arguments
+    if tangents[4] is not None:
+        return None
+    weights = [w1, w2, w_gate]
+    along = list(tangents[1:4])
+    if any(tangent is not None for tangent in along):
+        along = [
+            torch.zeros_like(w) if tangent is None and w is not None else tangent
+            for w, tangent in zip(weights, along, strict=True)
+        ]
+    return jvp(x, *weights, norm_weight, tangents[0], *along, *options)
+
+
+def _packed_with_tangents(jvp, arguments, tangents):  # type: ignore[no-untyped-def]
+    if tangents[2] is not None:
+        return None
+    return jvp(*arguments[:5], *tangents[:2], *arguments[5:])
+
+
+def _value_gradients(grad, needs, *arguments):  # type: ignore[no-untyped-def]
+    call = (*arguments[:5], needs[0], any(needs[1:4]), *arguments[9:])
+    return gradients("neural_field_mlp_backward", _gradients, grad, *call)
+
+
+def _packed_value_gradients(grad, needs, *arguments):  # type: ignore[no-untyped-def]
+    call = (*arguments[:5], needs[0], needs[1], *arguments[7:])
+    return gradients("neural_field_mlp_packed_backward", _packed_gradients, grad, *call)
+
+
 _NEEDS = "bool need_x, bool need_weights"
 register(f"neural_field_mlp(Tensor x, {_WEIGHTS}, {_OPTIONS}) -> Tensor", _forward, _fake_forward)
 register(
@@ -325,6 +391,16 @@ register(
     f"neural_field_mlp_packed_backward(Tensor grad, Tensor x, {_PACKED}, {_NEEDS}, {_OPTIONS}) -> Tensor[]",
     _packed_backward,
     _fake_packed_backward,
+)
+register(
+    f"neural_field_mlp_jvp(Tensor x, {_WEIGHTS}, {_TANGENTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    _jvp,
+    _fake_jvp,
+)
+register(
+    f"neural_field_mlp_packed_jvp(Tensor x, {_PACKED}, {_PACKED_TANGENTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    _packed_jvp,
+    _fake_jvp,
 )
 
 
@@ -361,7 +437,11 @@ class _NeuralFieldMLPPacked(torch.autograd.Function):
         return wanted(gradients("neural_field_mlp_packed_backward", _packed_gradients, *arguments), needs)
 
 
-register_autograd("neural_field_mlp", _NeuralFieldMLP.apply, by_reference(_forward))
-register_autograd("neural_field_mlp_packed", _NeuralFieldMLPPacked.apply, _packed_formula)
+register_autograd("neural_field_mlp", _NeuralFieldMLP.apply, by_reference(_forward), _with_tangents)
+register_autograd(
+    "neural_field_mlp_packed", _NeuralFieldMLPPacked.apply, _packed_formula, _packed_with_tangents
+)
 register_gradients("neural_field_mlp_backward", _backward_formula)
 register_gradients("neural_field_mlp_packed_backward", _packed_backward_formula)
+register_jvp("neural_field_mlp", _jvp_formula, _value_gradients)
+register_jvp("neural_field_mlp_packed", _packed_jvp_formula, _packed_value_gradients)

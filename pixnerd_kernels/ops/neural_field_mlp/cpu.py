@@ -11,7 +11,7 @@ from torch import Tensor
 from pixnerd_kernels.backends import native
 from pixnerd_kernels.ops.dtypes import compute_dtype
 from pixnerd_kernels.ops.native import DTYPES, dense_rows, fresh, strided
-from pixnerd_kernels.ops.neural_field_mlp.shapes import check_gradient, check_weights
+from pixnerd_kernels.ops.neural_field_mlp.shapes import check_gradient, check_tangents, check_weights
 
 #: The core's numbers.
 ACTIVATIONS = {"silu": 0, "gelu": 1, "relu": 2}
@@ -28,9 +28,10 @@ def _field(
     residual: bool,
     norm_eps: float,
     weight_eps: float,
+    weight_dtype: torch.dtype | None = None,
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """The core's description of a call, and the tensors that must outlive it."""
-    check_weights(x, w1, w2, w_gate, norm_weight)
+    """The core's description of a call, and the tensors that must outlive it. weight_dtype: x's, or the one given."""
+    check_weights(x, w1, w2, w_gate, norm_weight, weight_dtype)
     patches, pixels, channels = x.shape
     hidden = w1.shape[-1]
     x, w1, w2 = dense_rows(x), dense_rows(w1), dense_rows(w2)
@@ -43,6 +44,7 @@ def _field(
         channels=channels,
         hidden=hidden,
         dtype=DTYPES[x.dtype],
+        weight_dtype=DTYPES[w1.dtype],
         activation=ACTIVATIONS[activation],
         residual=residual,
         normalize=normalize,
@@ -68,6 +70,32 @@ def forward(
         native().neural_field_mlp_forward(field, strided(y))
         del alive
     return y
+
+
+def jvp(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_gate: Tensor | None,
+    norm_weight: Tensor | None,
+    x_tangent: Tensor | None,
+    w1_tangent: Tensor | None,
+    w2_tangent: Tensor | None,
+    w_gate_tangent: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """y [N, S, D1] and its tangent in x's dtype, contiguous. No tangent is a zero one; weights have all or none, and
+    may be half where x is float32."""
+    y, tangent = (fresh(torch.empty_like(x, memory_format=torch.contiguous_format)) for _ in range(2))
+    if y.numel():
+        check_tangents((x, w1, w2, w_gate), (x_tangent, w1_tangent, w2_tangent, w_gate_tangent))
+        field, alive = _field(x, w1, w2, w_gate, norm_weight, *options, weight_dtype=w1.dtype)
+        along = [
+            None if t is None else dense_rows(t) for t in (x_tangent, w1_tangent, w2_tangent, w_gate_tangent)
+        ]
+        native().neural_field_mlp_jvp(field, *map(strided, along), strided(y), strided(tangent))
+        del alive
+    return y, tangent
 
 
 def backward(

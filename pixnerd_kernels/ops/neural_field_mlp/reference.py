@@ -57,12 +57,23 @@ def weight_grad(w: Tensor, scale: Tensor, grad: Tensor, normalize: bool, eps: fl
     return scale * (grad - w * torch.where(clamped, torch.zeros_like(projection), projection))
 
 
+weight_tangent = weight_grad  # of w * scale, from that of w: the same linear map, which is its own transpose
+
+
 def rms_norm(x: Tensor, norm_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The normalised x, and rsqrt(mean(x^2) + eps) [N, S, 1]; x itself and ones without a weight."""
     if norm_weight is None:
         return x, torch.ones_like(x[..., :1])
     r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return x * r * norm_weight, r
+
+
+def rms_norm_tangent(x: Tensor, r: Tensor, norm_weight: Tensor | None, tangent: Tensor) -> Tensor:
+    """The tangent of `rms_norm`'s result, from that of x; r is its second."""
+    if norm_weight is None:
+        return tangent
+    unit = x * r
+    return r * (tangent - unit * (unit * tangent).mean(-1, keepdim=True)) * norm_weight
 
 
 def forward(
@@ -140,3 +151,54 @@ def backward(
     if residual:
         dx = dx + grad
     return dx.to(dtypes[0]), d1.to(dtypes[1]), d2.to(dtypes[2]), d_gate, d_norm
+
+
+def jvp(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_gate: Tensor | None,
+    norm_weight: Tensor | None,
+    x_tangent: Tensor | None,
+    w1_tangent: Tensor | None,
+    w2_tangent: Tensor | None,
+    w_gate_tangent: Tensor | None,
+    normalize: Sequence[bool],
+    activation: str,
+    residual: bool,
+    norm_eps: float,
+    weight_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """y [N, S, D1] and its tangent (Jacobian-vector product) in x's dtype, contiguous; no tangent is a zero one.
+
+    The weights' dtype may be another than x's: both are computed in the dtype that x's is computed in.
+    """
+    out_dtype, dtype = x.dtype, compute_dtype(x.dtype)
+
+    def both(w: Tensor, tangent: Tensor | None, normal: bool) -> tuple[Tensor, Tensor]:
+        """A weight as it enters the product, and its tangent."""
+        w = w.to(dtype)
+        scale = column_scale(w, normal, weight_eps)
+        if tangent is None:
+            return w * scale, torch.zeros_like(w)
+        return w * scale, weight_tangent(w, scale, tangent.to(dtype), normal, weight_eps)
+
+    x = x.to(dtype)
+    dx = torch.zeros_like(x) if x_tangent is None else x_tangent.to(dtype)
+    norm_weight = None if norm_weight is None else norm_weight.to(dtype)
+    n, r = rms_norm(x, norm_weight, norm_eps)
+    dn = rms_norm_tangent(x, r, norm_weight, dx)
+    w1, d1 = both(w1, w1_tangent, normalize[0])
+    w2, d2 = both(w2, w2_tangent, normalize[1])
+    z, dz = torch.bmm(n, w1), torch.bmm(dn, w1) + torch.bmm(n, d1)
+    if w_gate is None:
+        h, slope = activate(z, activation)
+        dh = slope * dz
+    else:
+        w_gate, d_gate = both(w_gate, w_gate_tangent, normalize[2])
+        g, slope = activate(torch.bmm(n, w_gate), activation)
+        h, dh = g * z, g * dz + slope * (torch.bmm(dn, w_gate) + torch.bmm(n, d_gate)) * z
+    y, dy = torch.bmm(h, w2), torch.bmm(dh, w2) + torch.bmm(h, d2)
+    if residual:
+        y, dy = x + y, dx + dy
+    return y.to(out_dtype).contiguous(), dy.to(out_dtype).contiguous()

@@ -6,15 +6,27 @@ of bounds is checked once more before it runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from pixnerd_kernels.checks import describe
 
 
 def check_weights(
-    x: Tensor, w1: Tensor, w2: Tensor, w_gate: Tensor | None, norm_weight: Tensor | None
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_gate: Tensor | None,
+    norm_weight: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """x [N, S, D1]; w1, w_gate [N, D1, D2]; w2 [N, D2, D1], of one dtype and device; norm_weight [D1]."""
+    """x [N, S, D1]; w1, w_gate [N, D1, D2]; w2 [N, D2, D1] on one device; norm_weight [D1].
+
+    Weights have x's dtype, or the one given.
+    """
+    dtype = dtype or x.dtype
     patches, _, channels = x.shape
     hidden = w1.shape[-1]
     expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
@@ -24,11 +36,9 @@ def check_weights(
     ]
     for name, weight, shape in expected:
         if weight is not None and (
-            weight.shape != shape or weight.dtype != x.dtype or weight.device != x.device
+            weight.shape != shape or weight.dtype != dtype or weight.device != x.device
         ):
-            raise ValueError(
-                f"{name}: expected {list(shape)} {x.dtype} on {x.device}, got {describe(weight)}"
-            )
+            raise ValueError(f"{name}: expected {list(shape)} {dtype} on {x.device}, got {describe(weight)}")
     if norm_weight is not None and norm_weight.shape != (channels,):
         raise ValueError(f"norm_weight: expected [{channels}], got {describe(norm_weight)}")
 
@@ -37,3 +47,22 @@ def check_gradient(grad: Tensor, x: Tensor) -> None:
     """The gradient of the output has its shape and dtype."""
     if grad.shape != x.shape or grad.dtype != x.dtype:
         raise ValueError(f"grad: expected {list(x.shape)} {x.dtype}, got {describe(grad)}")
+
+
+def check_tangents(tensors: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> None:
+    """Tangents of x, w1, w2 and w_gate have the shape, dtype and device of theirs; the weights have all or none."""
+    for name, tensor, tangent in zip(("x", "w1", "w2", "w_gate"), tensors, tangents, strict=True):
+        if tangent is None:
+            continue
+        if tensor is None or (tangent.shape, tangent.dtype, tangent.device) != (
+            tensor.shape,
+            tensor.dtype,
+            tensor.device,
+        ):
+            expected = "None" if tensor is None else describe(tensor)
+            raise ValueError(f"tangent of {name}: expected {expected}, got {describe(tangent)}")
+    _, *weights = (
+        tangent is None for tensor, tangent in zip(tensors, tangents, strict=True) if tensor is not None
+    )
+    if any(weights) and not all(weights):
+        raise ValueError("tangents of w1, w2 and w_gate: expected all or none of them")

@@ -11,7 +11,7 @@ from torch import Tensor
 from pixnerd_kernels import backends
 from pixnerd_kernels.checks import Problems, describe
 from pixnerd_kernels.ops.dtypes import autocast
-from pixnerd_kernels.ops.library import register, register_autograd, register_gradients
+from pixnerd_kernels.ops.library import register, register_autograd, register_gradients, register_jvp
 from pixnerd_kernels.ops.native import dense_rows
 from pixnerd_kernels.ops.neural_field_mlp import WEIGHTS, select_backend
 from pixnerd_kernels.ops.pixel_decoder import chunks, reference
@@ -168,7 +168,7 @@ def _call(  # type: ignore[no-untyped-def]
         "hidden": hidden.shape[:2] == (image.shape[0], grid),
         "embed_weight": embed_weight.shape[1] == image.shape[1] + max_freqs**2,
         "embed_bias": embed_bias is None or embed_bias.shape == channels,
-        "generators": len(set(rows)) == 1 and rows[0][1] == hidden.shape[2] and not rows[0][0] % unit,
+        "generators": rows[:1] * len(rows) == rows and rows[0][1] == hidden.shape[2] and not rows[0][0] % unit,
         "norms": [n.shape for n in norms] == [channels] * len(rows),
         "biases": not biases or [b.shape for b in biases] == [row[:1] for row in rows],
         "final_norm": final_norm is None or final_norm.shape == channels,
@@ -182,7 +182,8 @@ def _call(  # type: ignore[no-untyped-def]
     return chunks.Call(
         image, dense_rows(hidden), embed_weight, embed_bias, generators, biases, norms,
         final_norm, linear_weight, linear_bias,
-        tuple(patch), encoding, max_freqs, tuple(scale),
+        # Numbers that a compiler traces as symbols become constants: tables are computed of them.
+        (int(patch[0]), int(patch[1])), encoding, int(max_freqs), (float(scale[0]), float(scale[1])),
         gated, normalize, activation, norm_eps, weight_eps, workspace,
     )  # fmt: skip
 
@@ -244,6 +245,21 @@ def _backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
     ]
 
 
+def _jvp(image_tangent, hidden_tangent, *arguments):  # type: ignore[no-untyped-def]
+    *arguments, _, forced = arguments
+    call = _call(*arguments)
+    for name, value, tangent in (
+        ("image", call.image, image_tangent),
+        ("hidden", call.hidden, hidden_tangent),
+    ):
+        if tangent is not None and describe(tangent) != describe(value):
+            raise ValueError(f"tangent of {name}: expected {describe(value)}, got {describe(tangent)}")
+    if image_tangent is None and hidden_tangent is None:
+        raise ValueError("pixel_decoder_jvp: expected a tangent of image or hidden, got neither")
+    with torch._C._DisableAutocast():
+        return chunks.jvp(_backend(call, forced), call, image_tangent, hidden_tangent)
+
+
 def _gradient_like(gradient: Tensor | None, tensor: Tensor | None, image: Tensor) -> Tensor:
     """Ops return tensors: an absent gradient is an empty one."""
     if gradient is None or tensor is None:
@@ -285,6 +301,28 @@ def _backward_formula(grad, saved, needs, *arguments):  # type: ignore[no-untype
     ]
 
 
+def _with_tangents(jvp, arguments, tangents):  # type: ignore[no-untyped-def]
+    """Kernels know tangents of image and hidden alone. Backward generates the weights again."""
+    image, hidden, *others = tangents
+    if any(tangent is not None for tangent in _flatten(others[: _TENSORS - 2])):
+        return None
+    return jvp(image, hidden, *arguments[:-2], False, arguments[-1]), arguments[1].new_empty(0)
+
+
+def _jvp_formula(image_tangent, hidden_tangent, *arguments):  # type: ignore[no-untyped-def]
+    call = _call(*arguments[:-2])
+    with torch._C._DisableAutocast():
+        return reference.jvp_formula(call, image_tangent, hidden_tangent)
+
+
+def _value_gradients(grad, needs, *arguments):  # type: ignore[no-untyped-def]
+    arguments = arguments[2:]
+    count = len(_flatten(arguments[:_TENSORS]))
+    own = list(needs[2 : 2 + count])
+    found = torch.ops.pixnerd.pixel_decoder_backward(grad, grad.new_empty(0), own, *arguments)
+    return [None, None, *found]
+
+
 def _counts(tensors: Sequence[Any]) -> tuple[int, ...]:
     """Lengths of the three lists among the op's tensors."""
     return tuple(len(tensors[i]) for i in (4, 5, 6))
@@ -299,6 +337,11 @@ def _fake_forward(*arguments):  # type: ignore[no-untyped-def]
         return out, hidden.new_empty(0)
     patches = hidden.shape[0] * hidden.shape[1]
     return out, hidden.new_empty(len(generators), patches, generators[0].shape[0])
+
+
+def _fake_jvp(image_tangent, hidden_tangent, *arguments):  # type: ignore[no-untyped-def]
+    out, _ = _fake_forward(*arguments[:-2], False, arguments[-1])
+    return out, torch.empty_like(out)
 
 
 def _fake_backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
@@ -322,6 +365,11 @@ register(
     f"pixel_decoder_backward(Tensor grad, Tensor saved, bool[] needs, {_ARGUMENTS}) -> Tensor[]",
     _backward,
     _fake_backward,
+)
+register(
+    f"pixel_decoder_jvp(Tensor? image_tangent, Tensor? hidden_tangent, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _jvp,
+    _fake_jvp,
 )
 
 
@@ -362,5 +410,6 @@ def _autograd(*arguments):  # type: ignore[no-untyped-def]
     return _PixelDecoder.apply(_counts(tensors), options, *_flatten(tensors))
 
 
-register_autograd("pixel_decoder", _autograd, _formula)
+register_autograd("pixel_decoder", _autograd, _formula, _with_tangents)
 register_gradients("pixel_decoder_backward", _backward_formula)
+register_jvp("pixel_decoder", _jvp_formula, _value_gradients)

@@ -7,6 +7,7 @@ Shared by all backends. One of them is a module with
     hidden_gradient(total, d_generated, weight, add)   total [n, D] (+)= d_generated @ weight
     forward(call, generated, first, out)
     backward(call, generated, first, grad, d_image, d_generated, sums)
+    jvp(call, generated, generated_tangent, first, image_tangent, out, out_tangent)
     at_once(call, training)                            patches that run side by side, of which chunks are made up
     columns_of_ones(call)                              0, or columns that hidden is padded by for weight_gradient, the
                                                        first with ones, which brings the bias's gradient along
@@ -227,9 +228,9 @@ def default_workspace(device: torch.device) -> int:
     return min(_MOST, max(_LEAST, torch.cuda.get_device_properties(device).total_memory // 100))
 
 
-def _chunks(backend: Any, call: Call, training: bool) -> list[tuple[int, int]]:
-    """First patch and number of patches of each chunk."""
-    row = sum(generator.shape[0] for generator in call.generators)
+def _chunks(backend: Any, call: Call, training: bool, copies: int = 1) -> list[tuple[int, int]]:
+    """First patch and number of patches of each chunk, whose generated weights fit the workspace so many times."""
+    row = copies * sum(generator.shape[0] for generator in call.generators)
     workspace = call.workspace
     if workspace == AUTO:
         workspace = default_workspace(call.hidden.device)
@@ -245,9 +246,12 @@ def _room(call: Call, chunks: Sequence[tuple[int, int]]) -> Tensor:
     return fresh(call.hidden.new_empty(len(call.generators), largest, call.generators[0].shape[0]))
 
 
-def _generate(backend: Any, call: Call, first: int, out: Tensor) -> None:
-    states = call.states[first : first + out.shape[1]]
-    biases: Sequence[Tensor | None] = call.biases or [None] * len(call.generators)
+def _generate(backend: Any, call: Call, first: int, out: Tensor, tangents: Tensor | None = None) -> None:
+    """Weights of the patches from the hidden states; or, from those states' tangents [N, D], the weights' own."""
+    states = (call.states if tangents is None else tangents)[first : first + out.shape[1]]
+    biases: Sequence[Tensor | None] = [None] * len(call.generators)
+    if call.biases and tangents is None:
+        biases = call.biases
     for block, (weight, bias) in enumerate(zip(call.generators, biases, strict=True)):
         backend.generate(states, weight, bias, out[block])
 
@@ -266,6 +270,25 @@ def forward(backend: Any, call: Call, save_weights: bool) -> tuple[Tensor, Tenso
         _generate(backend, call, first, generated)
         backend.forward(call, generated, first, out)
     return out, saved
+
+
+def jvp(
+    backend: Any, call: Call, image_tangent: Tensor | None, hidden_tangent: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The result [B, C_out, H, W] and its tangent, from those of image and hidden (None: zero)."""
+    batch, _, height, width = call.image.shape
+    out, tangent = (fresh(call.image.new_empty(batch, call.out_channels, height, width)) for _ in range(2))
+    copies = 1 if hidden_tangent is None else 2
+    chunks = _chunks(backend, call, training=False, copies=copies)
+    rooms = [_room(call, chunks) for _ in range(copies)]
+    for first, count in chunks:
+        generated, *tangents = (room[:, :count] for room in rooms)
+        _generate(backend, call, first, generated)
+        for along in tangents:
+            assert hidden_tangent is not None
+            _generate(backend, call, first, along, hidden_tangent.flatten(0, 1))
+        backend.jvp(call, generated, *(tangents or [None]), first, image_tangent, out, tangent)
+    return out, tangent
 
 
 def backward(backend: Any, call: Call, grad: Tensor, saved: Tensor, needs: Needs) -> Gradients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from pixnerd_kernels.ops.linear import CORE_IS_FASTER
 from pixnerd_kernels.ops.linear.cpu import matmul
 from pixnerd_kernels.ops.native import ABSENT, DTYPES, Strided, strided
 from pixnerd_kernels.ops.neural_field_mlp.cpu import ACTIVATIONS
+from pixnerd_kernels.ops.neural_field_mlp.cpu import jvp as field_jvp
 from pixnerd_kernels.ops.pixel_decoder import reference
 
 if TYPE_CHECKING:
@@ -84,6 +86,9 @@ def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
     decoder, alive = _decoder(call, generated, first)
     native().pixel_decoder_forward(decoder, _planes(out))
     del alive
+
+
+jvp = functools.partial(reference.jvp, block=field_jvp)
 
 
 def backward(

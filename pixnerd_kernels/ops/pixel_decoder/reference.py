@@ -11,7 +11,7 @@ rounded once at the end. Source: PixNerd (arXiv 2507.23268), section 3, and its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixnerd_kernels.ops.dtypes import compute_dtype
+from pixnerd_kernels.ops.neural_field_mlp import FieldParams, split_params
 from pixnerd_kernels.ops.neural_field_mlp import reference as field
-from pixnerd_kernels.ops.neural_field_mlp import split_params
 
 if TYPE_CHECKING:
     from pixnerd_kernels.ops.pixel_decoder.chunks import Call
@@ -99,13 +99,17 @@ def _write(call: Call, planes: Tensor, first: int, values: Tensor) -> None:
     _grid(call, planes)[_places(call, first, len(values))] = values
 
 
+def _split(call: Call, packed: Tensor) -> FieldParams:
+    return split_params(packed, call.channels, call.field_hidden, call.gated)
+
+
 def _fields(call: Call, generated: Sequence[Tensor] | Tensor) -> list[tuple[Any, ...]]:
     """The arguments of each block's field after x and up to weight_eps."""
     compute = compute_dtype(call.image.dtype)
     options = (call.normalize, call.activation, True, call.norm_eps, call.weight_eps)
     return [
         (
-            *split_params(weights.to(compute), call.channels, call.field_hidden, call.gated),
+            *_split(call, weights.to(compute)),
             norm.to(compute),
             *options,
         )
@@ -146,18 +150,93 @@ def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
     _write(call, out, first, _output(call, _run(call, generated, first)[-1]))
 
 
+def _value_and_tangent(
+    call: Call,
+    pixels: Tensor,
+    pixels_tangent: Tensor | None,
+    generated: Sequence[Tensor] | Tensor,
+    generated_tangent: Sequence[Tensor] | Tensor | None,
+    block: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """The output layer's result of pixels [n, S, C], and its tangent; `block` runs a field."""
+    x, dx = _embed(call, pixels), None
+    if pixels_tangent is not None:
+        dx = F.linear(pixels_tangent, call.pixel_weight.to(x.dtype))
+    options = (call.normalize, call.activation, True, call.norm_eps, call.weight_eps)
+    for index, norm in enumerate(call.norms):
+        weights, tangents = (
+            (None,) * 3 if packed is None else _split(call, packed[index])
+            for packed in (generated, generated_tangent)
+        )
+        x, dx = block(x, *weights, norm.to(x.dtype), dx, *tangents, *options)
+    assert dx is not None
+    norm_weight = None if call.final_norm is None else call.final_norm.to(x.dtype)
+    _, r = field.rms_norm(x, norm_weight, call.norm_eps)
+    dx = field.rms_norm_tangent(x, r, norm_weight, dx)
+    if call.linear_weight is not None:
+        dx = F.linear(dx, call.linear_weight.to(dx.dtype))
+    return _output(call, x), dx
+
+
+def jvp(
+    call: Call,
+    generated: Tensor,
+    generated_tangent: Tensor | None,
+    first: int,
+    image_tangent: Tensor | None,
+    out: Tensor,
+    out_tangent: Tensor,
+    block: Callable[..., tuple[Tensor, Tensor]] = field.jvp,
+) -> None:
+    """Write the pixels of the patches, and their tangents."""
+    pixels, pixels_tangent = (
+        None if planes is None else _read(call, planes, first, generated.shape[1])
+        for planes in (call.image, image_tangent)
+    )
+    assert pixels is not None
+    value, tangent = _value_and_tangent(call, pixels, pixels_tangent, generated, generated_tangent, block)
+    _write(call, out, first, value)
+    _write(call, out_tangent, first, tangent)
+
+
+def _generated(call: Call) -> list[Tensor]:
+    """All weights of every block."""
+    biases: Sequence[Tensor | None] = call.biases or [None] * len(call.generators)
+    return [F.linear(call.states, *pair) for pair in zip(call.generators, biases, strict=True)]
+
+
+def _pixels(call: Call, planes: Tensor) -> Tensor:
+    """All of `_read`."""
+    return _grid(call, planes).flatten(0, 2).flatten(2).mT.to(compute_dtype(planes.dtype))
+
+
+def _planes(call: Call, values: Tensor) -> Tensor:
+    """The inverse of `_pixels`."""
+    rows, columns = call.grid
+    planes = values.mT.unflatten(2, call.patch).unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5)
+    return planes.flatten(4, 5).flatten(2, 3).to(call.image.dtype).contiguous()
+
+
 def formula(call: Call) -> Tensor:
     """The decoded image [B, C_out, H, W] of all patches at once, out of place, for derivatives of any kind."""
-    rows, columns = call.grid
-    compute = compute_dtype(call.image.dtype)
-    biases: Sequence[Tensor | None] = call.biases or [None] * len(call.generators)
-    generated = [F.linear(call.states, *pair) for pair in zip(call.generators, biases, strict=True)]
-    x = _embed(call, _grid(call, call.image).flatten(0, 2).flatten(2).mT.to(compute))
-    for arguments in _fields(call, generated):
+    x = _embed(call, _pixels(call, call.image))
+    for arguments in _fields(call, _generated(call)):
         x = field.forward(x, *arguments)
-    x = _output(call, x)
-    planes = x.mT.unflatten(2, call.patch).unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5)
-    return planes.flatten(4, 5).flatten(2, 3).to(call.image.dtype).contiguous()
+    return _planes(call, _output(call, x))
+
+
+def jvp_formula(
+    call: Call, image_tangent: Tensor | None, hidden_tangent: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The decoded image and its tangent, as `formula`."""
+    pixels_tangent = None if image_tangent is None else _pixels(call, image_tangent)
+    generated_tangent = None
+    if hidden_tangent is not None:
+        generated_tangent = [F.linear(hidden_tangent.flatten(0, 1), weight) for weight in call.generators]
+    value, tangent = _value_and_tangent(
+        call, _pixels(call, call.image), pixels_tangent, _generated(call), generated_tangent, field.jvp
+    )
+    return _planes(call, value), _planes(call, tangent)
 
 
 def backward(
@@ -177,7 +256,7 @@ def backward(
         dx, d1, d2, d_gate, d_norm = field.backward(dx, x[block], *arguments)
         norms.append(d_norm)
         if d_generated is not None:
-            targets = split_params(d_generated[block], call.channels, call.field_hidden, call.gated)
+            targets = _split(call, d_generated[block])
             for target, gradient in zip(targets, (d1, d2, d_gate), strict=True):
                 if target is not None and gradient is not None:
                     target.copy_(gradient)

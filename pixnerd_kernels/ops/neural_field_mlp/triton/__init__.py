@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pixnerd_kernels.ops.gpu.launch import Options, Target, emulates, launch, padded, precision, target_of
 from pixnerd_kernels.ops.native import dense_rows
-from pixnerd_kernels.ops.neural_field_mlp.shapes import check_gradient, check_weights
-from pixnerd_kernels.ops.neural_field_mlp.triton import kernels
+from pixnerd_kernels.ops.neural_field_mlp.shapes import check_gradient, check_tangents, check_weights
+from pixnerd_kernels.ops.neural_field_mlp.triton import kernels, tangents
 from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose, on_hopper, span
 
 
@@ -29,7 +29,28 @@ def _arguments(
     weight_eps: float,
 ) -> dict[str, Any]:
     """What both kernels take. An absent tensor is stood in for by another, which is not read."""
-    check_weights(x, w1, w2, w_gate, norm_weight)
+    shared = _shared(
+        plan, x, w1, w2, w_gate, norm_weight, normalize, activation, residual, norm_eps, weight_eps
+    )
+    return shared | {"AHEAD": plan.ahead, "LATE": plan.late and norm_weight is not None}
+
+
+def _shared(
+    plan: Plan,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_gate: Tensor | None,
+    norm_weight: Tensor | None,
+    normalize: Sequence[bool],
+    activation: str,
+    residual: bool,
+    norm_eps: float,
+    weight_eps: float,
+    weight_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """What all kernels take. weight_dtype: x's, or the one given."""
+    check_weights(x, w1, w2, w_gate, norm_weight, weight_dtype)
     x, w1, w2 = dense_rows(x), dense_rows(w1), dense_rows(w2)
     gate = w1 if w_gate is None else dense_rows(w_gate)
     norm = x if norm_weight is None else norm_weight
@@ -48,9 +69,8 @@ def _arguments(
         "GATED": w_gate is not None, "NORM": norm_weight is not None,
         "UNIT1": normalize[0], "UNIT2": normalize[1], "UNIT_GATE": normalize[2],
         "ACTIVATION": activation, "RESIDUAL": residual,
-        "FAST": target.fast_tanh and x.dtype != torch.float32,
-        "PRECISION": precision(x.dtype, target), "EMULATE": emulates(x.dtype), "AHEAD": plan.ahead,
-        "LATE": plan.late and norm_weight is not None,
+        "FAST": target.fast_tanh and w1.dtype != torch.float32,
+        "PRECISION": precision(w1.dtype, target), "EMULATE": emulates(w1.dtype),
     }  # fmt: skip
 
 
@@ -68,6 +88,46 @@ def forward(
             **_arguments(plan, x, w1, w2, w_gate, norm_weight, *options), y=y,
         )  # fmt: skip
     return y
+
+
+def jvp(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_gate: Tensor | None,
+    norm_weight: Tensor | None,
+    x_tangent: Tensor | None,
+    w1_tangent: Tensor | None,
+    w2_tangent: Tensor | None,
+    w_gate_tangent: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """y [N, S, D1] and its tangent in x's dtype, contiguous. No tangent is a zero one; weights have all or none, and
+    may be half where x is float32."""
+    y, tangent = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    if not y.numel():
+        return y, tangent
+    along = (x_tangent, w1_tangent, w2_tangent, w_gate_tangent)
+    check_tangents((x, w1, w2, w_gate), along)
+    target = target_of(x.device)
+    patches, pixels, channels = x.shape
+    problem = Problem(
+        False, w_gate is not None, w1.dtype, patches, pixels, channels, w1.shape[2], tangents=True
+    )
+    plan = choose(problem, target)
+    dx, dw1, dw2, dw_gate = (
+        dense_rows(tensor if moved is None else moved)
+        for tensor, moved in zip((x, w1, w2, w1 if w_gate is None else w_gate), along, strict=True)
+    )
+    launch(
+        tangents.neural_field_mlp_jvp, (patches, plan.sharing(problem, target)), x.device, plan.options,
+        **_shared(plan, x, w1, w2, w_gate, norm_weight, *options, weight_dtype=w1.dtype),
+        dx=dx, dw1=dw1, dw2=dw2, dw_gate=dw_gate, y=y, dy=tangent,
+        dx_patch=dx.stride(0), dw1_patch=dw1.stride(0), dw2_patch=dw2.stride(0), dw_gate_patch=dw_gate.stride(0),
+        dx_row=dx.stride(1), dw1_row=dw1.stride(1), dw2_row=dw2.stride(1), dw_gate_row=dw_gate.stride(1),
+        INPUT=x_tangent is not None, MOVING=w1_tangent is not None,
+    )  # fmt: skip
+    return y, tangent
 
 
 def backward(

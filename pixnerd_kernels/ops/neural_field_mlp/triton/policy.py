@@ -41,6 +41,7 @@ class Problem:
     channels: int
     hidden: int
     decoder: bool = False  # a whole decoder's forward
+    tangents: bool = False  # the value and its tangent
 
     @staticmethod
     def of(x: Tensor, hidden: int, gated: bool, training: bool) -> Problem:
@@ -50,7 +51,7 @@ class Problem:
     @property
     def key(self) -> str:
         """Its name in `tuned.json`; the number of patches is no part of it."""
-        name = "backward" if self.training else "forward"
+        name = "backward" if self.training else "jvp" if self.tangents else "forward"
         form = "gated" if self.gated else "plain"
         dtype = str(self.dtype).removeprefix("torch.")
         own = "decoder " if self.decoder else ""
@@ -137,6 +138,8 @@ def _chosen(problem: Problem, target: Target, path: Path, version: int) -> Plan:
     """`choose` without what is overridden, which calls of an op ask for every time."""
     if entry := tuned.entry(path, target.name, problem.key):
         return Plan(**entry)
+    if problem.tangents:
+        return _jvp(problem, target)
     return _backward(problem, target) if problem.training else _forward(problem, target)
 
 
@@ -158,6 +161,18 @@ def _forward(problem: Problem, target: Target) -> Plan:
         if not problem.gated and pieces == 1:
             tile, late = _tile(problem, target, tile), problem.decoder and problem.dtype == torch.bfloat16
             return Plan(tile, piece, 1, warps, 168, not problem.decoder, stages=2 if late else 1, late=late)
+    return Plan(_tile(problem, target, tile), piece, pieces, warps)
+
+
+def _jvp(problem: Problem, target: Target) -> Plan:
+    """Not timed on any GPU yet: what compiles without spills where that can be had."""
+    c, wide = padded(problem.channels), problem.dtype == torch.float32
+    piece = _piece(problem.hidden, 32 if wide or problem.gated or c > 128 else 64)
+    pieces = math.ceil(problem.hidden / piece)
+    weights = (6 if problem.gated else 4) * c * piece * pieces * problem.dtype.itemsize
+    tile, warps = 64 if c <= 128 and not wide else 32, 8 if wide or problem.gated or c > 128 else 4
+    if weights > _weights_budget(target) or pieces > 8:
+        pieces = 1  # weights are read again for every tile
     return Plan(_tile(problem, target, tile), piece, pieces, warps)
 
 

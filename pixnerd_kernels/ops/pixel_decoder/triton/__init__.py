@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from pixnerd_kernels.ops.gpu.launch import (
 )
 from pixnerd_kernels.ops.neural_field_mlp import split_params
 from pixnerd_kernels.ops.neural_field_mlp.triton import backward_into
+from pixnerd_kernels.ops.neural_field_mlp.triton import jvp as field_jvp
 from pixnerd_kernels.ops.neural_field_mlp.triton.policy import Plan, Problem, choose
 from pixnerd_kernels.ops.pixel_decoder import reference
 from pixnerd_kernels.ops.pixel_decoder.chunks import Call
@@ -27,7 +29,7 @@ from pixnerd_kernels.ops.pixel_decoder.reference import generate, hidden_gradien
 from pixnerd_kernels.ops.pixel_decoder.triton import ends, kernels
 
 __all__ = [
-    "at_once", "backward", "columns_of_ones", "forward", "generate", "hidden_gradient", "weight_gradient",
+    "at_once", "backward", "columns_of_ones", "forward", "generate", "hidden_gradient", "jvp", "weight_gradient",
 ]  # fmt: skip
 
 #: Bytes of scratch that the forward may take, and in the backward block inputs and the table's sums, unless one patch
@@ -127,6 +129,9 @@ def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
     place = problem.pixels * problem.channels
     scratch = torch.empty(programs, 2, place, dtype=generated.dtype, device=out.device).transpose(0, 1)
     _run_blocks(call, generated, first, programs, scratch, out)
+
+
+jvp = functools.partial(reference.jvp, block=field_jvp)
 
 
 def _share(call: Call, planes: int, count: int, tiles: int) -> tuple[int, int]:
