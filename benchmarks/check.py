@@ -43,7 +43,7 @@ class Truth:
         wide = {name: tensor.double() for name, tensor in made.items()}
         self.names = ["output"] if case.op.results == 1 else [f"output {i}" for i in range(case.op.results)]
         if case.training:
-            self.names += [f"gradient of {name}" for name in case.op.inputs(shape)]
+            self.names += [f"gradient of {name}" for name in case.leaves(shape)]
         self.tensors = call(exact, lambda t: case.op.eager(shape, t, torch.float64), wide)()
         plain = call(case, lambda t: case.op.eager(shape, t, case.dtype), made)()
         self.plain = [_distance(a, b) for a, b in zip(plain, self.tensors, strict=True)]

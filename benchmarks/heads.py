@@ -111,9 +111,24 @@ class PixelDecoder:
         patches, pixels = self._patches(shape), shape["P"] ** 2
         field = 2 * patches * pixels * shape["D1"] * shape["D2"]
         generator = 2 * patches * shape["D"] * self._generated(shape)
-        ends = _COLOURS + (0 if recompute else _FREQUENCIES**2) + (0 if self.gated else _COLOURS)
-        end = 2 * patches * pixels * shape["D1"] * ends * (3 if training else 1)
+        end = self._ends(shape, recompute) * (3 if training else 1)
         return shape["K"] * (products * generator + field_products * field) + end
+
+    def tangent_flops(self, shape: Shape, recompute: bool) -> int:
+        """Of the tangent along image and hidden: a product of two that move has two."""
+        patches, pixels = self._patches(shape), shape["P"] ** 2
+        field = 2 * (3 if self.gated else 2) * 2 * patches * pixels * shape["D1"] * shape["D2"]
+        return shape["K"] * field + self.linear_flops(shape, recompute)
+
+    def linear_flops(self, shape: Shape, recompute: bool) -> int:
+        """Of a forward's linear layers: the generators, the embedding and the output layer."""
+        generator = 2 * self._patches(shape) * shape["D"] * self._generated(shape)
+        return shape["K"] * generator + self._ends(shape, recompute)
+
+    def _ends(self, shape: Shape, recompute: bool) -> int:
+        """Of the embedding and the output layer, once."""
+        ends = _COLOURS + (0 if recompute else _FREQUENCIES**2) + (0 if self.gated else _COLOURS)
+        return 2 * self._patches(shape) * shape["P"] ** 2 * shape["D1"] * ends
 
     def _generated(self, shape: Shape) -> int:
         return (3 if self.gated else 2) * shape["D1"] * shape["D2"]

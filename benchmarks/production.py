@@ -74,6 +74,23 @@ def _field(
     return run
 
 
+def _tangents(
+    n: int, d1: int, d2: int, dtype: torch.dtype, gated: bool = False, decoder: bool = False
+) -> Callable[[], object]:
+    """A block's value and tangent where everything moves; in a decoder its pixels are float32."""
+
+    def run() -> None:
+        from pixnerd_kernels.ops.neural_field_mlp import split_params
+
+        x = _empty(n, 256, d1, dtype=torch.float32 if decoder else dtype)
+        weights = split_params(_empty(n, (3 if gated else 2) * d1 * d2, dtype=dtype), d1, d2, gated)
+        norm_weight = _empty(d1, dtype=torch.float32)
+        options = ((True, True, True), "silu", True, 1e-6, 1e-12)
+        _launchers("neural_field_mlp").jvp(x, *weights, norm_weight, x, *weights, *options)
+
+    return run
+
+
 def _weights(n: int, rows: int, columns: int, dtype: torch.dtype) -> Callable[[], object]:
     def run() -> None:
         triton = _launchers("normalize_weights")
@@ -182,6 +199,16 @@ PRODUCTION: dict[str, Production] = {
     ),
     "field 256x512 bf16": Production(
         _field(4096, 256, 256, 512, torch.bfloat16), _HOPPER, tensor_cores=False, may_spill=True
+    ),
+    "tangents 64x128 bf16": Production(_tangents(16384, 64, 128, torch.bfloat16), tensor_cores=False),
+    "tangents 64x128 of a decoder bf16": Production(
+        _tangents(16384, 64, 128, torch.bfloat16, decoder=True), _HOPPER, tensor_cores=False
+    ),
+    "tangents 64x256 gated bf16": Production(
+        _tangents(4096, 64, 256, torch.bfloat16, gated=True), ("sm_90", "sm_100"), tensor_cores=False
+    ),
+    "tangents 64x128 fp32": Production(
+        _tangents(16384, 64, 128, torch.float32), _HOPPER, tensor_cores=False, may_spill=True
     ),
     "decoder of 4 blocks 64x128 bf16": Production(_decoder(512, 16, 4, 64, 128, torch.bfloat16), spills=24),
     # Loops over channels that are none any more have broken the pipelining of those around them.

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Shape, Tensors
-from benchmarks.shapes import Results, gradient_names, together
+from benchmarks.registry import Case, Shape, Tensors, upstream_names
+from benchmarks.shapes import Results, together
+from benchmarks.tangents import PREFIX
 
 #: Computes a case's results from its inputs.
 Compute = Callable[[Tensors], Results]
@@ -79,20 +80,20 @@ def select_providers(names: Sequence[str]) -> list[str]:
 
 
 def call(case: Case, compute: Compute, made: Tensors) -> Callable[[], tuple[Tensor, ...]]:
-    """One timed call: the results alone, or for training the results and the gradient of every input.
+    """One timed call: the results alone, or for training the results and the gradient of every leaf.
 
     The returned function makes no copies: it runs on the tensors that `case.make` made.
     """
-    named = gradient_names(case.op.results)
+    named = upstream_names(case.op) if case.training else []
     inputs = {name: tensor.detach() for name, tensor in made.items() if name not in named}
     if not case.training:
         return lambda: together(compute(inputs))
-    for tensor in inputs.values():
-        tensor.requires_grad_()
-    leaves, grads = tuple(inputs.values()), [made[name] for name in named]
+    leaves = [tensor.requires_grad_() for name, tensor in inputs.items() if not name.startswith(PREFIX)]
+    grads = [made[name] for name in named]
 
     def run() -> tuple[Tensor, ...]:
         out = together(compute(inputs))
-        return *(tensor.detach() for tensor in out), *torch.autograd.grad(out, leaves, grads)
+        found = torch.autograd.grad(out[: len(grads)], leaves, grads)
+        return *(tensor.detach() for tensor in out), *found
 
     return run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pixnerd_kernels
-from benchmarks import blocks, formulas, heads
+from benchmarks import blocks, formulas, heads, tangents
 from benchmarks.shapes import Results, Shape, Tensors, gradient_names
 
 
@@ -42,6 +42,11 @@ class Op(Protocol):
 
     def flops(self, shape: Shape, training: bool, recompute: bool) -> int:
         """`recompute`: backward computes the hidden activations again in place of saving them."""
+
+
+def upstream_names(op: Op) -> list[str]:
+    """The names of the gradients that come in: one for each result, or for those that have some."""
+    return gradient_names(getattr(op, "differentiable", op.results))
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,10 @@ class NeuralFieldMLP:
         if training:
             products += 2 * forward + (forward - 1 if recompute else 0)
         return products * 2 * shape["N"] * shape["S"] * shape["D1"] * shape["D2"]
+
+    def tangent_flops(self, shape: Shape, recompute: bool) -> int:
+        """Of the tangent along x and the weights: each product has two factors that move."""
+        return 2 * self.flops(shape, training=False, recompute=False)
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ class Case:
 
     def sizes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """Shapes of the inputs, and for training of the results' gradients, by name."""
-        gradients = gradient_names(self.op.results) if self.training else []
+        gradients = upstream_names(self.op) if self.training else []
         return self.op.inputs(shape) | dict.fromkeys(gradients, self.op.output(shape))
 
     def make(self, shape: Shape) -> dict[str, Tensor]:
@@ -179,14 +188,20 @@ class Case:
         sizes = self.sizes(shape)
         return {name: torch.randn(size, generator=generator).to(self.dtype) for name, size in sizes.items()}
 
+    def leaves(self, shape: Shape) -> list[str]:
+        """The inputs whose gradients are asked for in training: all but tangents."""
+        return [name for name in self.op.inputs(shape) if not name.startswith(tangents.PREFIX)]
+
     def flops(self, shape: Shape, recompute: bool) -> int:
         return self.op.flops(shape, self.training, recompute)
 
     def bytes(self, shape: Shape) -> int:
         """The least traffic possible: every input read and every output written once in each pass."""
-        read = sum(torch.Size(size).numel() for size in self.op.inputs(shape).values())
-        written = self.op.results * torch.Size(self.op.output(shape)).numel()
-        elements = read + written + ((written + read) + read if self.training else 0)
+        sizes = {name: torch.Size(size).numel() for name, size in self.op.inputs(shape).items()}
+        result = torch.Size(self.op.output(shape)).numel()
+        elements = sum(sizes.values()) + self.op.results * result
+        if self.training:
+            elements += len(upstream_names(self.op)) * result + 2 * sum(sizes[n] for n in self.leaves(shape))
         return elements * self.dtype.itemsize
 
 
@@ -214,6 +229,12 @@ _ALL: list[Case] = [
     *_both("neural_field_mlp-plain", NeuralFieldMLP(), _HEAD, _HEAD_SMOKE, headline=True),
     *_both("neural_field_mlp-packed", NeuralFieldMLP(packed=True), _HEAD, _HEAD_SMOKE),
     *_both("neural_field_mlp-gated", NeuralFieldMLP(gated=True), _CHROMA, _HEAD_SMOKE),
+    *_both(
+        "neural_field_mlp-tangent",
+        tangents.Tangent(NeuralFieldMLP(), ("x", "w1", "w2")),
+        _HEAD,
+        _HEAD_SMOKE,
+    ),
     *_both("neural_field_mlp-odd", NeuralFieldMLP(), _ODD, _ODD_SMOKE),
     *_both("neural_field_mlp-bf16", NeuralFieldMLP(), _HEAD, _HEAD_SMOKE, dtype=torch.bfloat16),
     *_both(
@@ -242,6 +263,12 @@ _DECODERS: list[Case] = [
         _XL,
         _DECODER_SMOKE,
         dtype=torch.bfloat16,
+    ),
+    *_both(
+        "pixel_decoder-xl-256-tangent",
+        tangents.Tangent(heads.PixelDecoder(), ("image", "hidden")),
+        _XL,
+        _DECODER_SMOKE,
     ),
     *_both("pixel_decoder-xl-512", heads.PixelDecoder(), {**_XL, "H": 512}, _DECODER_SMOKE),
     *_both("pixel_decoder-l-256", heads.PixelDecoder(), _L, _DECODER_SMOKE),

@@ -31,7 +31,9 @@ AROUND = [
     "written_in_place",  # the interpreter itself copies arguments
     "views_of_packed_parameters",
     "threads_at_once",
+    "mlp_jvp",  # interpreter/ has some
     # Seconds each, and like others that stay.
+    "(decoder_jvp and not (families and (c2i-both or radiance-hidden) and bfloat16))",
     "(every_chunking and not radiance-3-recompute)",
     "(every_gradient and batch and float16)",
     "(gradient_alone and save)",

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from fields import Case, expected, fused_field, packed_field, packed_inputs, plain_and_exact, results
+from fields import ALL, Case, expected, fused_field, packed_field, packed_inputs, plain_and_exact, results
+from test_neural_field_mlp_jvp import along, tangents
+from test_neural_field_mlp_jvp import expected as expected_jvp
 from tolerance import assert_within
 from traffic import summary, traced
 
@@ -67,6 +69,29 @@ def test_backward_in_chunks_writes_every_gradient_once():
     patches = GATED.n // traffic["scratch_x"].tensor.shape[0]
     assert seen["scratch_x"] == ({3 * patches}, {3 * patches})
     assert seen["scratch_2"] == ({patches}, {patches})
+
+
+def jvp(case, names, dtype=torch.float32, plan=None):
+    tensors = case.inputs(dtype)
+    with tuned.override(plan):
+        return tangents(lambda **all: fused_field(case, **all), tensors, along(case, tensors, names))
+
+
+def test_jvp_reads_and_writes_everything_once():
+    with traced("neural_field_mlp_jvp") as traffic:
+        jvp(GATED.with_(s=128), ("x", *ALL), plan=Plan(64, 64, 4, 4))
+    seen = summary(traffic)
+    assert seen.pop("norm_weight")[0] == {GATED.n}
+    read = ["x", "w1", "w2", "w_gate", "dx", "dw1", "dw2", "dw_gate"]
+    assert seen == {**dict.fromkeys(read, (ONCE, NEVER)), "y": (NEVER, ONCE), "dy": (NEVER, ONCE)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("names", [("x", *ALL), ("x",), ALL], ids=["everything", "pixels", "weights"])
+@pytest.mark.parametrize("plan", [None, Plan(16, 16, 1, 4)], ids=["at once", "piece by piece"])
+def test_jvp(plan, names, dtype):
+    case = Case(n=2, s=20, d1=12, d2=50, gated=dtype == torch.bfloat16, norm="fp32")
+    assert_within(jvp(case, names, dtype, plan), *expected_jvp(case, names, dtype))
 
 
 PLANS = [

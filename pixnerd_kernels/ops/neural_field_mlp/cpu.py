@@ -28,6 +28,7 @@ def _field(
     residual: bool,
     norm_eps: float,
     weight_eps: float,
+    *,
     weight_dtype: torch.dtype | None = None,
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The core's description of a call, and the tensors that must outlive it. weight_dtype: x's, or the one given."""

@@ -228,15 +228,13 @@ def default_workspace(device: torch.device) -> int:
     return min(_MOST, max(_LEAST, torch.cuda.get_device_properties(device).total_memory // 100))
 
 
-def _chunks(backend: Any, call: Call, training: bool, copies: int = 1) -> list[tuple[int, int]]:
+def _chunks(call: Call, at_once: int, copies: int = 1) -> list[tuple[int, int]]:
     """First patch and number of patches of each chunk, whose generated weights fit the workspace so many times."""
     row = copies * sum(generator.shape[0] for generator in call.generators)
     workspace = call.workspace
     if workspace == AUTO:
         workspace = default_workspace(call.hidden.device)
-    size = chunk_size(
-        call.patches, row * call.hidden.element_size(), workspace, backend.at_once(call, training)
-    )
+    size = chunk_size(call.patches, row * call.hidden.element_size(), workspace, at_once)
     return [(first, min(size, call.patches - first)) for first in range(0, call.patches, size)]
 
 
@@ -263,7 +261,7 @@ def forward(backend: Any, call: Call, save_weights: bool) -> tuple[Tensor, Tenso
     saved = call.hidden.new_empty(0)
     if save_weights:
         saved = fresh(call.hidden.new_empty(len(call.generators), call.patches, call.generators[0].shape[0]))
-    chunks = _chunks(backend, call, training=False)
+    chunks = _chunks(call, backend.at_once(call, training=False))
     room = saved if save_weights else _room(call, chunks)
     for first, count in chunks:
         generated = room[:, first : first + count] if save_weights else room[:, :count]
@@ -279,15 +277,15 @@ def jvp(
     batch, _, height, width = call.image.shape
     out, tangent = (fresh(call.image.new_empty(batch, call.out_channels, height, width)) for _ in range(2))
     copies = 1 if hidden_tangent is None else 2
-    chunks = _chunks(backend, call, training=False, copies=copies)
-    rooms = [_room(call, chunks) for _ in range(copies)]
+    chunks = _chunks(call, 1, copies)
+    room, along = _room(call, chunks), None if hidden_tangent is None else _room(call, chunks)
     for first, count in chunks:
-        generated, *tangents = (room[:, :count] for room in rooms)
+        generated, moving = room[:, :count], None
         _generate(backend, call, first, generated)
-        for along in tangents:
-            assert hidden_tangent is not None
-            _generate(backend, call, first, along, hidden_tangent.flatten(0, 1))
-        backend.jvp(call, generated, *(tangents or [None]), first, image_tangent, out, tangent)
+        if along is not None and hidden_tangent is not None:
+            moving = along[:, :count]
+            _generate(backend, call, first, moving, hidden_tangent.flatten(0, 1))
+        backend.jvp(call, generated, moving, first, image_tangent, out, tangent)
     return out, tangent
 
 
@@ -298,7 +296,7 @@ def backward(backend: Any, call: Call, grad: Tensor, saved: Tensor, needs: Needs
     d_image = torch.empty_like(image, memory_format=torch.contiguous_format) if needs.image else None
     d_states = hidden.new_empty(call.patches, hidden.shape[2]) if needs.hidden else None
     width = hidden.shape[2]
-    chunks = _chunks(backend, call, training=True)
+    chunks = _chunks(call, backend.at_once(call, training=True))
     # The gradients of the generators add up in the dtype computed in, unless there is nothing to add.
     summed = compute if len(chunks) > 1 else hidden.dtype
     # Where the biases' gradients are wanted alone, they are sums; else they are columns of the weights'.

@@ -47,6 +47,7 @@ def _shared(
     residual: bool,
     norm_eps: float,
     weight_eps: float,
+    *,
     weight_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """What all kernels take. weight_dtype: x's, or the one given."""

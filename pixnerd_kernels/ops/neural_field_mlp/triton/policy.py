@@ -165,15 +165,15 @@ def _forward(problem: Problem, target: Target) -> Plan:
 
 
 def _jvp(problem: Problem, target: Target) -> Plan:
-    """Not timed on any GPU yet: what compiles without spills where that can be had."""
+    """Not timed on any GPU yet: plans that compile without spills, with the weights on the chip where they fit."""
     c, wide = padded(problem.channels), problem.dtype == torch.float32
-    piece = _piece(problem.hidden, 32 if wide or problem.gated or c > 128 else 64)
+    small = c <= 64 and not (wide or problem.gated)
+    piece = _piece(problem.hidden, 128 if small else 32 if wide else 64)
     pieces = math.ceil(problem.hidden / piece)
     weights = (6 if problem.gated else 4) * c * piece * pieces * problem.dtype.itemsize
-    tile, warps = 64 if c <= 128 and not wide else 32, 8 if wide or problem.gated or c > 128 else 4
-    if weights > _weights_budget(target) or pieces > 8:
-        pieces = 1  # weights are read again for every tile
-    return Plan(_tile(problem, target, tile), piece, pieces, warps)
+    if weights > _weights_budget(target) or pieces > 4:
+        piece, pieces = min(piece, 64), 1  # weights are read again for every tile
+    return Plan(_tile(problem, target, 32), piece, pieces, 4 if small else 8)
 
 
 def _backward(problem: Problem, target: Target) -> Plan:
