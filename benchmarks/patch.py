@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pixnerd_kernels
 from benchmarks import provenance
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, default=256, help="pixels of an edge; default: 256")
     add("--batch", type=int, default=1)
     add("--training", action="store_true", help="forward and backward, not the forward alone")
+    add(
+        "--meanflow",
+        action="store_true",
+        help="the tangent along image and time beside the forward, as part of a target, and backward",
+    )
     add("--rounds", type=int, default=7)
     add("--json", type=Path, metavar="FILE", help="write the results")
 
@@ -66,13 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
             return 1
     x = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
     given = (x, torch.rand(arguments.batch), torch.arange(arguments.batch))
-    tasks = {name: _task(model, given, arguments.training) for name, model in models.items()}
+    kind = "meanflow" if arguments.meanflow else "training" if arguments.training else "forward"
+    tasks = {name: _task(model, given, kind) for name, model in models.items()}
     results = {
         name: torch.cat([t.flatten()[:65536] for t in task()]).double() for name, task in tasks.items()
     }
     truth = results["before"]
     errors = {name: ((out - truth).norm() / truth.norm()).item() for name, out in results.items()}
-    limit = 1e-3 if arguments.training else 1e-4
+    limit = 1e-4 if kind == "forward" else 1e-3
     if not all(error <= limit for error in errors.values()):
         print(f"WRONG: relative differences {errors}, allowed {limit}")
         return 1
@@ -84,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         "shape": {
             key: getattr(arguments, key) for key in ("width", "blocks", "field_blocks", "size", "batch")
         },
-        "pass": "forward + backward" if arguments.training else "forward",
+        "pass": _PASSES[kind],
         "errors": errors,
         "peak": peaks,
         "seconds": {name: entry.seconds for name, entry in samples.items()},
@@ -99,12 +106,32 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _task(model: nn.Module, given: tuple[Tensor, ...], training: bool) -> Callable[[], tuple[Tensor, ...]]:
-    """The image; or the gradients of every parameter."""
-    if not training:
+#: What is measured, by name.
+_PASSES = {
+    "forward": "forward",
+    "training": "forward + backward",
+    "meanflow": "forward with a tangent + backward",
+}
+
+
+def _task(model: nn.Module, given: tuple[Tensor, ...], kind: str) -> Callable[[], tuple[Tensor, ...]]:
+    """The image; or the gradients of every parameter, after a forward or a MeanFlow step's (arXiv 2505.13447)."""
+    if kind == "forward":
         return torch.no_grad()(lambda: (model(*given),))
     parameters = list(model.parameters())
-    return lambda: torch.autograd.grad(model(*given).square().mean(), parameters)
+    if kind == "training":
+        return lambda: torch.autograd.grad(model(*given).square().mean(), parameters)
+    x, t, y = given
+    velocity = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))  # the same for every model
+
+    def step() -> tuple[Tensor, ...]:
+        # torch's flash kernels have no tangents.
+        with sdpa_kernel(SDPBackend.MATH):
+            u, tangent = torch.func.jvp(lambda x, t: model(x, t, y), (x, t), (velocity, torch.ones_like(t)))
+        target = velocity - t.view(-1, 1, 1, 1) * tangent.detach()
+        return torch.autograd.grad((u - target).square().mean(), parameters)
+
+    return step
 
 
 def _table(document: dict[str, Any]) -> str:

@@ -21,11 +21,11 @@ sys.path.append(str(ROOT))
 from benchmarks import ops, provenance, tables, worker  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.check import Truth  # noqa: E402
-from benchmarks.heads import PixelDecoder
+from benchmarks.heads import PixelDecoder  # noqa: E402
 from benchmarks.memory import allocation_peak  # noqa: E402
 from benchmarks.providers import PROVIDERS, Provider, call, select_providers  # noqa: E402
 from benchmarks.registry import CASES, select_cases  # noqa: E402
-from benchmarks.tangents import Tangent
+from benchmarks.tangents import Tangent  # noqa: E402
 from benchmarks.timing import Budget, Samples, Yardstick, interleave  # noqa: E402
 
 PRODUCTS = [name for name, case in CASES.items() if case.op.bound == "matmul"]

@@ -10,11 +10,13 @@ from benchmarks.__main__ import main
 SMALL = ["patch", "--width", "64", "--blocks", "1", "--field-blocks", "1", "--size", "32", "--rounds", "2"]
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-def test_all_agree_and_are_timed(tmp_path, capsys, training, threads):
+@pytest.mark.parametrize(
+    "kind", [[], ["--training"], ["--meanflow"]], ids=["forward", "training", "meanflow"]
+)
+def test_all_agree_and_are_timed(tmp_path, capsys, kind, threads):
     threads(1)
     file = tmp_path / "patch.json"
-    assert main([*SMALL, "--json", str(file), *(["--training"] if training else [])]) == 0
+    assert main([*SMALL, "--json", str(file), *kind]) == 0
     document = json.loads(file.read_text())
     assert document["median_s"].keys() == document["peak"].keys() == patch.VARIANTS.keys()
     assert 0 < document["errors"]["all"] < 1e-4
