@@ -30,6 +30,7 @@ from benchmarks.device_time import cycles_per_second, device_seconds, host_secon
 from benchmarks.heads import PixelDecoder
 from benchmarks.providers import PROVIDERS, RIVALS, call, rivals
 from benchmarks.registry import Case, NeuralFieldMLP, NormalizeWeights, Shape
+from benchmarks.tangents import Tangent
 from pixnerd_kernels import backends
 
 #: Bytes and bfloat16 FLOPs per second that well-written kernels reach, by part of the GPU's name; other GPUs are held
@@ -56,12 +57,20 @@ def _cases() -> list[Case]:
             ("plain-fp32", NeuralFieldMLP(), {**_HEAD, "N": 4096}, torch.float32),
             ("odd-bf16", NeuralFieldMLP(), _ODD, torch.bfloat16),
             ("few-bf16", NeuralFieldMLP(), {**_HEAD, "N": 64}, torch.bfloat16),
+            ("tangent-bf16", Tangent(NeuralFieldMLP(), ("x", "w1", "w2")), _HEAD, torch.bfloat16),
             ("weights-bf16", NormalizeWeights(), {"N": 16384, "D1": 64, "D2": 128}, torch.bfloat16),
         ):
             cases.append(Case(f"{name}-{end}", op, training, shape, {**shape, "N": 16}, dtype))  # type: ignore[arg-type]
         for name, op, shape, small in (
             ("decoder-xl-bf16", PixelDecoder(), _XL, {"B": 2, "H": 64}),
             ("decoder-xl-saving-bf16", PixelDecoder(save_weights=True), _XL, {"B": 2, "H": 64}),
+            # Fewer images: eager holds the weights and their tangents of all at once.
+            (
+                "decoder-xl-tangent-bf16",
+                Tangent(PixelDecoder(), ("image", "hidden")),
+                {**_XL, "B": 16},
+                {"B": 2, "H": 64},
+            ),
             ("norm-bf16", blocks.ModulatedRMSNorm(), _TOKENS, {"B": 2}),
             ("residual-bf16", blocks.GatedResidualNorm(), _TOKENS, {"B": 2}),
             ("rope-bf16", blocks.QkNormRope(), _HEADS, {"B": 2}),

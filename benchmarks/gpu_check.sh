@@ -54,6 +54,8 @@ if "$python" -c 'import pytest' 2>/dev/null; then
   step tests_graph 240 "${pytest[@]}" tests/ops/test_neural_field_mlp_graph.py tests/gpu -k "triton and not opcheck" & pids+=($!)
   step tests_memory 240 "${pytest[@]}" tests/ops/test_neural_field_mlp_memory.py tests/ops/test_golden_blocks.py \
     -k triton & pids+=($!)
+  step tests_jvp 240 "${pytest[@]}" tests/ops/test_neural_field_mlp_jvp.py -k "triton and not opcheck" & pids+=($!)
+  step tests_decoder_jvp 240 "${pytest[@]}" tests/ops/test_pixel_decoder_jvp.py -k "triton and not opcheck" & pids+=($!)
   step tests_others 240 "${pytest[@]}" tests/ops/test_normalize_weights.py tests/ops/test_coordinate_encoding.py \
     -k "triton and not opcheck" & pids+=($!)
   step tests_layers 120 "${pytest[@]}" tests/nn/test_feed_forward.py & pids+=($!)

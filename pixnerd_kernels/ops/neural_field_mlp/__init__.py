@@ -89,9 +89,10 @@ def neural_field_mlp(
         float16 in float32. N = 0 gives an empty result.
 
     Gradients flow to x, every weight and norm_weight. Saved for backward: x and the raw weights, nothing else;
-    backward recomputes the rest. Deterministic: the same input gives the same bits. Derivatives of higher order,
-    forward mode and the transforms of torch.func run on the reference. Under autocast the inputs are cast to the
-    autocast dtype first (norm_weight is not).
+    backward recomputes the rest. Deterministic: the same input gives the same bits. Tangents (forward mode) of all but
+    norm_weight are computed with the value in one pass. Derivatives of higher order and the other transforms of
+    torch.func run on the reference. Under autocast the inputs are cast to the autocast dtype first, but for
+    norm_weight.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.

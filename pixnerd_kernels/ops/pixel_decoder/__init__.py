@@ -70,9 +70,11 @@ def pixel_decoder(
     Gradients flow to image, hidden and every parameter, and only those needed are computed. Saved for backward:
     image, hidden and the parameters, and with `save_weights` the generated weights. Gradients of the generators add
     up over chunks in float32 (float64). Deterministic: the same input gives the same bits, on any number of threads;
-    another workspace may round the gradients of the parameters differently. Derivatives of higher order, forward mode
-    and the transforms of torch.func run on the reference, all patches at once and in memory without a bound. Under
-    autocast image, hidden and the generators are cast to the autocast dtype first; the result has it.
+    another workspace may round the gradients of the parameters differently. Tangents along image and hidden (forward
+    mode) are computed with the value, in chunks of half as many patches; backward then generates the weights again in
+    any case. Derivatives of higher order, tangents along parameters and the other transforms of torch.func run on the
+    reference, all patches at once and in memory without a bound. Under autocast image, hidden and the generators are
+    cast to the autocast dtype first; the result has it.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
