@@ -65,6 +65,15 @@ def hessian_products(function, tensors, along, upstream):
     return torch.func.jvp(gradient, tuple(tensors), tuple(along))[1]
 
 
+def tangents_of_own_gradients(function, tensors, along, upstream):
+    """Of a forward and its backward pass within one level of dual numbers; the same as `hessian_products`."""
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(leaf, v) for leaf, v in zip(_leaves(tensors), along, strict=True)]
+        gradients = torch.autograd.grad(_total(function, upstream)(*duals), duals)
+        found = map(forward_ad.unpack_dual, gradients)
+        return [torch.zeros_like(part.primal) if part.tangent is None else part.tangent for part in found]
+
+
 def mapped(function, tensors, along, upstream):
     return torch.func.vmap(function, in_dims=-1, out_dims=-1)(*_two(tensors, along))
 
@@ -118,6 +127,7 @@ KINDS: dict[str, Kind] = {
         gradients_of_tangents,
         functional_gradients,
         hessian_products,
+        tangents_of_own_gradients,
         mapped,
         gradients_of_examples,
         gradients_at_once,

@@ -57,7 +57,7 @@ def register_autograd(
             return apply(*args)
         if with_tangents is not None and (level := _forward_mode(args)):
             values, tangents = _take_apart(args)
-            if level == _EAGER or not any(t.requires_grad for t in _tensors((values, tangents))):
+            if _kernels_may_take(level, _tensors((values, tangents))):
                 found = with_tangents(functools.partial(_jvp, f"{name}_jvp", level), values, tangents)
                 if found is not None:
                     return found
@@ -78,6 +78,20 @@ def _forward_mode(args: Any) -> int:
     stack = torch._C._functorch.get_interpreter_stack() or []
     alone = [level.key() for level in stack] == [torch._C._functorch.TransformType.Jvp]
     return _FUNCTIONAL if alone and _any_tangent(args) else 0
+
+
+def _kernels_may_take(level: int, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether an op of tangents does for values and tangents of this level.
+
+    Not where a backward at the same level would have tangents of its own: they reach it through what the forward saves,
+    which here has none. torch.func.jvp's parameters have their graph one level below.
+    """
+    if any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors):
+        return False
+    if level == _FUNCTIONAL and torch.is_inference_mode_enabled():
+        return False
+    recorded = level == _FUNCTIONAL or torch.is_grad_enabled()
+    return not (recorded and any(tensor.requires_grad for tensor in tensors))
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
@@ -326,9 +340,10 @@ class _Jvp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any, grad_of_tangent: Any) -> Any:
         needs = ctx.needs_input_grad[4:]
-        if (
-            grad_of_tangent is None
-        ):  # as where the tangent is part of a target: the value's own backward will do
+        if grad is None and grad_of_tangent is None:
+            return (None,) * len(ctx.needs_input_grad)
+        # Where the tangent is part of a target, the value's own backward will do.
+        if grad_of_tangent is None:
             leaves = [
                 other if tensor is None else tensor
                 for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)

@@ -219,6 +219,45 @@ def test_jvp_by_dual_numbers_takes_the_kernel(any_isa):
     assert_within(out, *expected(case, ("x",), torch.float32))
 
 
+@pytest.mark.parametrize("used", ["neither", "value", "tangent"])
+def test_results_of_a_jvp_that_get_no_gradient(any_isa, used):
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    case = Case()
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.inputs().items()}
+    out = tangents(functools.partial(fused_field, case), leaves, along(case, leaves, ("x",)))
+    parts = {"value": out["y"], "tangent": out["dy"]}
+    total = sum((part if name == used else NoGradient.apply(part)).sum() for name, part in parts.items())
+    (total + leaves["w1"].sum()).backward()
+    assert (leaves["w2"].grad is None) == (used == "neither")
+    if used == "neither":
+        assert torch.equal(leaves["w1"].grad, torch.ones_like(leaves["w1"]))
+
+
+@pytest.mark.parametrize("forward", [fused_field, packed_field], ids=["separate", "packed"])
+def test_vectorised_jacobians_in_forward_mode(any_isa, forward):
+    """Their tangents are batched, which no kernel reads."""
+    any_isa.may_idle = True
+    case = Case(n=1, s=2, d1=3, d2=4)
+    tensors = {name: t.double() for name, t in case.inputs().items()}
+    if forward is packed_field:
+        tensors = packed_inputs(tensors)
+    rest = {name: t for name, t in tensors.items() if name != "x"}
+
+    def run(x):
+        return forward(case, x=x, **rest)
+
+    found = torch.autograd.functional.jacobian(run, tensors["x"], strategy="forward-mode", vectorize=True)
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(run, tensors["x"]))
+
+
 def test_jvp_under_autocast(any_isa):
     """Tangents are cast with what they belong to."""
     case, device = Case(gated=True, norm="fp32"), torch.get_default_device().type
@@ -309,6 +348,17 @@ def test_what_a_kernel_would_read_out_of_bounds_is_refused(compiled):
             op(*call, wrong, None, None, None, *options)
     with pytest.raises(ValueError, match="all or none"):
         op(*call, None, tensors["w1"], None, None, *options)
+    with pytest.raises(ValueError, match="a tangent of x or of the weights, got none"):
+        op(*call, None, None, None, None, *options)
+    wide = [None if t is None else t.double() for t in call]
+    with pytest.raises(ValueError, match="w1: expected"):
+        op(call[0], *wide[1:], call[0], None, None, None, *options)
+    with pytest.raises(ValueError, match="w1: expected"):
+        op(wide[0], *call[1:], wide[0], None, None, None, *options)
+    params = packed_inputs(tensors)["params"]
+    packed = torch.ops.pixnerd.neural_field_mlp_packed_jvp
+    with pytest.raises(ValueError, match="tangent of params: expected"):
+        packed(call[0], params, call[4], case.d2, False, None, params[:, :-7], *options)
     with pytest.raises(ValueError, match="tangent of w_gate: expected None"):
         op(*call, tensors["x"], tensors["w1"], tensors["w2"], tensors["w1"], *options)
 

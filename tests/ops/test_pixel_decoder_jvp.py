@@ -120,6 +120,21 @@ def test_a_tangent_of_a_parameter_is_the_formula_s(any_isa):
     assert_within(out, tangents(plain, tensors, moving), tangents(plain, *wide))
 
 
+def test_vectorised_jacobians_in_forward_mode(any_isa):
+    """Their tangents are batched, which no kernel reads."""
+    any_isa.may_idle = True
+    case = Case(batch=1, columns=1, patch=2, d=2, d1=3, d2=4, c=1, frequencies=2, outputs=1)
+    tensors = {name: t.double() for name, t in case.inputs().items()}
+
+    def run(hidden):
+        return decode(case, tensors | {"hidden": hidden})
+
+    found = torch.autograd.functional.jacobian(
+        run, tensors["hidden"], strategy="forward-mode", vectorize=True
+    )
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(run, tensors["hidden"]))
+
+
 def test_memory_of_a_tangent_is_the_workspace(core_calls):
     """A step on a tangent keeps nothing that grows with the number of images or blocks, beyond its results."""
 

@@ -29,10 +29,10 @@ def _field(
     norm_eps: float,
     weight_eps: float,
     *,
-    weight_dtype: torch.dtype | None = None,
+    half: bool = False,
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """The core's description of a call, and the tensors that must outlive it. weight_dtype: x's, or the one given."""
-    check_weights(x, w1, w2, w_gate, norm_weight, weight_dtype)
+    """The core's description of a call, and the tensors that must outlive it. half: as in `check_weights`."""
+    check_weights(x, w1, w2, w_gate, norm_weight, half)
     patches, pixels, channels = x.shape
     hidden = w1.shape[-1]
     x, w1, w2 = dense_rows(x), dense_rows(w1), dense_rows(w2)
@@ -90,7 +90,7 @@ def jvp(
     y, tangent = (fresh(torch.empty_like(x, memory_format=torch.contiguous_format)) for _ in range(2))
     if y.numel():
         check_tangents((x, w1, w2, w_gate), (x_tangent, w1_tangent, w2_tangent, w_gate_tangent))
-        field, alive = _field(x, w1, w2, w_gate, norm_weight, *options, weight_dtype=w1.dtype)
+        field, alive = _field(x, w1, w2, w_gate, norm_weight, *options, half=True)
         along = [
             None if t is None else dense_rows(t) for t in (x_tangent, w1_tangent, w2_tangent, w_gate_tangent)
         ]

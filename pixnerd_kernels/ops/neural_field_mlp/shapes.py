@@ -20,13 +20,14 @@ def check_weights(
     w2: Tensor,
     w_gate: Tensor | None,
     norm_weight: Tensor | None,
-    dtype: torch.dtype | None = None,
+    half: bool = False,
 ) -> None:
-    """x [N, S, D1]; w1, w_gate [N, D1, D2]; w2 [N, D2, D1] on one device; norm_weight [D1].
+    """x [N, S, D1]; w1, w_gate [N, D1, D2]; w2 [N, D2, D1], of one dtype and device; norm_weight [D1].
 
-    Weights have x's dtype, or the one given.
+    half: weights may be of a half type where x is float32.
     """
-    dtype = dtype or x.dtype
+    mixed = half and x.dtype == torch.float32 and w1.dtype in (torch.bfloat16, torch.float16)
+    dtype = w1.dtype if mixed else x.dtype
     patches, _, channels = x.shape
     hidden = w1.shape[-1]
     expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
@@ -50,7 +51,8 @@ def check_gradient(grad: Tensor, x: Tensor) -> None:
 
 
 def check_tangents(tensors: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> None:
-    """Tangents of x, w1, w2 and w_gate have the shape, dtype and device of theirs; the weights have all or none."""
+    """Tangents of x, w1, w2 and w_gate have the shape, dtype and device of theirs; the weights have all or none, and
+    something has one."""
     for name, tensor, tangent in zip(("x", "w1", "w2", "w_gate"), tensors, tangents, strict=True):
         if tangent is None:
             continue
@@ -64,5 +66,7 @@ def check_tangents(tensors: Sequence[Tensor | None], tangents: Sequence[Tensor |
     _, *weights = (
         tangent is None for tensor, tangent in zip(tensors, tangents, strict=True) if tensor is not None
     )
+    if all(tangent is None for tangent in tangents):
+        raise ValueError("neural_field_mlp_jvp: expected a tangent of x or of the weights, got none")
     if any(weights) and not all(weights):
         raise ValueError("tangents of w1, w2 and w_gate: expected all or none of them")

@@ -170,7 +170,8 @@ def _call(  # type: ignore[no-untyped-def]
         "hidden": hidden.shape[:2] == (image.shape[0], grid),
         "embed_weight": embed_weight.shape[1] == image.shape[1] + max_freqs**2,
         "embed_bias": embed_bias is None or embed_bias.shape == channels,
-        "generators": rows[:1] * len(rows) == rows
+        "generators": rows != []
+        and rows[:1] * len(rows) == rows
         and rows[0][1] == hidden.shape[2]
         and not rows[0][0] % unit,
         "norms": [n.shape for n in norms] == [channels] * len(rows),

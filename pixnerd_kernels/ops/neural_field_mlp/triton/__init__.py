@@ -48,10 +48,10 @@ def _shared(
     norm_eps: float,
     weight_eps: float,
     *,
-    weight_dtype: torch.dtype | None = None,
+    half: bool = False,
 ) -> dict[str, Any]:
-    """What all kernels take. weight_dtype: x's, or the one given."""
-    check_weights(x, w1, w2, w_gate, norm_weight, weight_dtype)
+    """What all kernels take. half: as in `check_weights`."""
+    check_weights(x, w1, w2, w_gate, norm_weight, half)
     x, w1, w2 = dense_rows(x), dense_rows(w1), dense_rows(w2)
     gate = w1 if w_gate is None else dense_rows(w_gate)
     norm = x if norm_weight is None else norm_weight
@@ -122,7 +122,7 @@ def jvp(
     )
     launch(
         tangents.neural_field_mlp_jvp, (patches, plan.sharing(problem, target)), x.device, plan.options,
-        **_shared(plan, x, w1, w2, w_gate, norm_weight, *options, weight_dtype=w1.dtype),
+        **_shared(plan, x, w1, w2, w_gate, norm_weight, *options, half=True),
         dx=dx, dw1=dw1, dw2=dw2, dw_gate=dw_gate, y=y, dy=tangent,
         dx_patch=dx.stride(0), dw1_patch=dw1.stride(0), dw2_patch=dw2.stride(0), dw_gate_patch=dw_gate.stride(0),
         dx_row=dx.stride(1), dw1_row=dw1.stride(1), dw2_row=dw2.stride(1), dw_gate_row=dw_gate.stride(1),
