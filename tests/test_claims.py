@@ -222,6 +222,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         torch, "compile", lambda *args, **options: compiled(*args, **options, backend="eager")
     )
     monkeypatch.setattr(graphs, "capture", capture)
+    # A large product in bfloat16 takes minutes on a CPU without instructions for it.
+    monkeypatch.setattr(worker, "matmul_gflops", lambda device, dtype: 100.0)
     monkeypatch.setattr(worker, "measure", lambda calls, device, effort: measure.on_gpu(calls, effort))
 
 
