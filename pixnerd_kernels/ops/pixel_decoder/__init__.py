@@ -71,10 +71,10 @@ def pixel_decoder(
     image, hidden and the parameters, and with `save_weights` the generated weights. Gradients of the generators add
     up over chunks in float32 (float64). Deterministic: the same input gives the same bits, on any number of threads;
     another workspace may round the gradients of the parameters differently. Tangents along image and hidden (forward
-    mode) are computed with the value, in chunks of half as many patches, beside whose weights a block's pixels wait in
-    float32; backward then generates the weights again in any case. Derivatives of higher order, tangents along parameters and the other transforms of torch.func run on the
-    reference, all patches at once and in memory without a bound. Under autocast image, hidden and the generators are
-    cast to the autocast dtype first; the result has it.
+    mode) are computed with the value, in chunks of half as many patches, beside whose weights a block's pixels wait
+    in float32; backward then generates the weights again in any case. Derivatives of higher order, tangents along
+    parameters and the other transforms of torch.func run on the reference, all patches at once and in memory without
+    a bound. Under autocast image, hidden and the generators are cast to the autocast dtype first; the result has it.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
