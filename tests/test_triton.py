@@ -42,6 +42,7 @@ AROUND = [
 ]
 
 
+@pytest.mark.timeout(1800)  # three minutes on one machine have been ten on another
 def test_the_ops_in_the_interpreter():
     """Values and gradients, strides, autocast and torch.compile, with what failed in this test's message.
 
