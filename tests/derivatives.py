@@ -137,7 +137,10 @@ KINDS: dict[str, Kind] = {
     )
 }
 #: How plain PyTorch computes the same where it is another way.
-PLAIN: dict[str, Kind] = {"tangents_of_gradients": gradients_of_those_tangents}
+PLAIN: dict[str, Kind] = {
+    "tangents_of_gradients": gradients_of_those_tangents,
+    "tangents_of_own_gradients": hessian_products,  # torch's silu has no tangents of its gradients otherwise
+}
 #: Kinds whose forward, and the first gradient of most, are the kernels' own.
 BY_KERNELS = ("gradients_at_once", "tangents_of_gradients", "second_gradients", "third_gradients")
 
