@@ -31,6 +31,20 @@ def _total(function: Function, upstream: Sequence[Tensor]) -> Callable[..., Tens
     return lambda *tensors: sum((o * g).sum() for o, g in zip(function(*tensors), upstream, strict=True))
 
 
+def value_and_tangent(
+    function: Callable[[dict[str, Tensor]], Tensor],
+    tensors: Mapping[str, Tensor],
+    moving: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """y and dy of a function of tensors by name, those that do not move as constants."""
+    y, dy = torch.func.jvp(
+        lambda *values: function({**tensors, **dict(zip(moving, values, strict=True))}),
+        tuple(tensors[name] for name in moving),
+        tuple(moving.values()),
+    )
+    return {"y": y, "dy": dy}
+
+
 def _two(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
     return [torch.stack(pair, -1) for pair in zip(tensors, others, strict=True)]
 

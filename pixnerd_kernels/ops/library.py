@@ -72,9 +72,10 @@ _EAGER, _FUNCTIONAL = 1, 2
 
 
 def _forward_mode(args: Any) -> int:
-    """Whether forward mode is all that is active: as dual numbers are made by hand, or as torch.func.jvp makes them."""
+    """Whether forward mode is all that is active, of a `_transformed` call: as dual numbers are made by hand, or as
+    torch.func.jvp makes them."""
     if not torch._C._are_functorch_transforms_active():
-        return _EAGER if has_tangents(args) else 0
+        return _EAGER
     stack = torch._C._functorch.get_interpreter_stack() or []
     alone = [level.key() for level in stack] == [torch._C._functorch.TransformType.Jvp]
     return _FUNCTIONAL if alone and _any_tangent(args) else 0
@@ -280,17 +281,28 @@ def module(op: str, backend: str) -> Any:
     return importlib.import_module(f"pixnerd_kernels.ops.{op}.{backend}")
 
 
+def _run_and_save(ctx: Any, name: str, formula: Callable, structure: TreeSpec, leaves: Sequence[Any]) -> Any:
+    """An op below autograd, and what its backward needs: its formula, and its arguments as tree_flatten has them, since
+    autograd does not look into lists."""
+    ctx.formula, ctx.structure = formula, structure
+    ctx.others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    ctx.save_for_backward(*(leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves))
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.pixnerd, name)(*tree_unflatten(leaves, structure))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    """The leaves that `_run_and_save` saved."""
+    pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
+    return [other if tensor is None else tensor for tensor, other in pairs]
+
+
 class _Gradients(torch.autograd.Function):
-    """A backward op that can be differentiated, by its formula. It takes the op's arguments flattened: autograd does
-    not look into lists."""
+    """A backward op that can be differentiated, by its formula."""
 
     @staticmethod
     def forward(ctx: Any, name: str, formula: Callable, structure: TreeSpec, *leaves: Any) -> Any:
-        ctx.formula, ctx.structure = formula, structure
-        ctx.others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        ctx.save_for_backward(*(leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves))
-        with torch._C._AutoDispatchBelowAutograd():
-            out = getattr(torch.ops.pixnerd, name)(*tree_unflatten(leaves, structure))
+        out = _run_and_save(ctx, name, formula, structure, leaves)
         return tuple(out) if isinstance(out, list) else out
 
     @staticmethod
@@ -303,10 +315,7 @@ def _by_formula(ctx: Any, grads: Sequence[Any], needs: Sequence[bool]) -> Iterat
     again = torch.is_grad_enabled()
     with torch.enable_grad(), torch._C._DisableAutocast():
         # Views, so that a tensor that is two arguments gets the gradient of each.
-        leaves = [
-            other if tensor is None else tensor.view_as(tensor) if need else tensor
-            for tensor, other, need in zip(ctx.saved_tensors, ctx.others, needs, strict=True)
-        ]
+        leaves = [leaf.view_as(leaf) if need else leaf for leaf, need in zip(_saved(ctx), needs, strict=True)]
         out = ctx.formula(*tree_unflatten(leaves, ctx.structure))
         outs = [out] if isinstance(out, torch.Tensor) else out
         reached = [
@@ -324,18 +333,15 @@ def _by_formula(ctx: Any, grads: Sequence[Any], needs: Sequence[bool]) -> Iterat
 
 
 class _Jvp(torch.autograd.Function):
-    """An op of tangents, its arguments flattened: autograd does not look into lists."""
+    """An op of tangents that can be differentiated: its value by its own backward, its tangent by its formula."""
 
     @staticmethod
     def forward(
         ctx: Any, name: str, formula: Callable, gradients: Callable, structure: TreeSpec, *leaves: Any
     ) -> Any:
-        ctx.formula, ctx.gradients, ctx.structure = formula, gradients, structure
-        ctx.others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        ctx.save_for_backward(*(leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves))
+        ctx.gradients = gradients
         ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.pixnerd, name)(*tree_unflatten(leaves, structure))
+        return _run_and_save(ctx, name, formula, structure, leaves)
 
     @staticmethod
     def backward(ctx: Any, grad: Any, grad_of_tangent: Any) -> Any:
@@ -344,11 +350,7 @@ class _Jvp(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         # Where the tangent is part of a target, the value's own backward will do.
         if grad_of_tangent is None:
-            leaves = [
-                other if tensor is None else tensor
-                for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)
-            ]
-            found = ctx.gradients(grad, needs, *tree_unflatten(leaves, ctx.structure))
+            found = ctx.gradients(grad, needs, *tree_unflatten(_saved(ctx), ctx.structure))
             return None, None, None, None, *wanted(found, needs)
         return None, None, None, None, *_by_formula(ctx, (grad, grad_of_tangent), needs)
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from derivatives import KINDS, assert_derivatives
+from derivatives import KINDS, assert_derivatives, value_and_tangent
 from fields import ALL, FLOATS, Case, fused_field, pack, packed_field, packed_inputs, plain_field
 from tolerance import assert_within
 from torch._dynamo.backends.common import aot_autograd
@@ -46,13 +46,8 @@ def along(case, tensors, names, seed=2):
 
 
 def tangents(function, tensors, moving):
-    """The value and the tangent, the tensors that do not move as constants."""
-    y, dy = torch.func.jvp(
-        lambda *values: function(**tensors | dict(zip(moving, values, strict=True))),
-        tuple(tensors[name] for name in moving),
-        tuple(moving.values()),
-    )
-    return {"y": y, "dy": dy}
+    """`value_and_tangent` of a function that takes the tensors as keywords."""
+    return value_and_tangent(lambda named: function(**named), tensors, moving)
 
 
 def reverse(tensor):

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from decoders import Case, _reversed, decode, op_arguments, plain_decoder
+from derivatives import value_and_tangent as tangents
 from test_pixel_decoder_memory import peak_beyond_results
 from tolerance import assert_within
 
@@ -24,16 +25,6 @@ moving = pytest.mark.parametrize("moving", MOVING)
 def along(case, names, dtype=torch.float32):
     others = case.inputs(dtype, seed=2)
     return {name: others[name] for name in names}
-
-
-def tangents(function, tensors, moving):
-    """The value and the tangent, the tensors that do not move as constants."""
-    y, dy = torch.func.jvp(
-        lambda *values: function(tensors | dict(zip(moving, values, strict=True))),
-        tuple(tensors[name] for name in moving),
-        tuple(moving.values()),
-    )
-    return {"y": y, "dy": dy}
 
 
 @functools.lru_cache(maxsize=64)

@@ -104,6 +104,11 @@ class Call:
         return self.generators[0].shape[0] // ((3 if self.gated else 2) * self.channels)
 
     @property
+    def field_options(self) -> tuple[Any, ...]:
+        """A block's arguments behind its tensors: `neural_field_mlp`'s from normalize on, with the residual."""
+        return self.normalize, self.activation, True, self.norm_eps, self.weight_eps
+
+    @property
     def out_channels(self) -> int:
         return self.channels if self.linear_weight is None else self.linear_weight.shape[0]
 

@@ -106,12 +106,11 @@ def _split(call: Call, packed: Tensor) -> FieldParams:
 def _fields(call: Call, generated: Sequence[Tensor] | Tensor) -> list[tuple[Any, ...]]:
     """The arguments of each block's field after x and up to weight_eps."""
     compute = compute_dtype(call.image.dtype)
-    options = (call.normalize, call.activation, True, call.norm_eps, call.weight_eps)
     return [
         (
             *_split(call, weights.to(compute)),
             norm.to(compute),
-            *options,
+            *call.field_options,
         )
         for weights, norm in zip(generated, call.norms, strict=True)
     ]
@@ -138,11 +137,15 @@ def _run(call: Call, generated: Tensor, first: int) -> list[Tensor]:
 def _output(call: Call, x: Tensor) -> Tensor:
     """The output layer, of x behind the last block."""
     norm = None if call.final_norm is None else call.final_norm.to(x.dtype)
-    x, _ = field.rms_norm(x, norm, call.norm_eps)
+    n, _ = field.rms_norm(x, norm, call.norm_eps)
+    return _linear(call, n, call.linear_bias)
+
+
+def _linear(call: Call, n: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The linear layer where there is one, of the normalised x or of its tangent, which has no bias."""
     if call.linear_weight is None:
-        return x
-    bias = None if call.linear_bias is None else call.linear_bias.to(x.dtype)
-    return F.linear(x, call.linear_weight.to(x.dtype), bias)
+        return n
+    return F.linear(n, call.linear_weight.to(n.dtype), None if bias is None else bias.to(n.dtype))
 
 
 def forward(call: Call, generated: Tensor, first: int, out: Tensor) -> None:
@@ -162,20 +165,17 @@ def _value_and_tangent(
     x, dx = _embed(call, pixels), None
     if pixels_tangent is not None:
         dx = F.linear(pixels_tangent, call.pixel_weight.to(x.dtype))
-    options = (call.normalize, call.activation, True, call.norm_eps, call.weight_eps)
     for index, norm in enumerate(call.norms):
         weights, tangents = (
             (None,) * 3 if packed is None else _split(call, packed[index])
             for packed in (generated, generated_tangent)
         )
-        x, dx = block(x, *weights, norm.to(x.dtype), dx, *tangents, *options)
+        x, dx = block(x, *weights, norm.to(x.dtype), dx, *tangents, *call.field_options)
     assert dx is not None
     norm_weight = None if call.final_norm is None else call.final_norm.to(x.dtype)
-    _, r = field.rms_norm(x, norm_weight, call.norm_eps)
-    dx = field.rms_norm_tangent(x, r, norm_weight, dx)
-    if call.linear_weight is not None:
-        dx = F.linear(dx, call.linear_weight.to(dx.dtype))
-    return _output(call, x), dx
+    n, r = field.rms_norm(x, norm_weight, call.norm_eps)
+    dn = field.rms_norm_tangent(x, r, norm_weight, dx)
+    return _linear(call, n, call.linear_bias), _linear(call, dn)
 
 
 def jvp(

@@ -22,16 +22,10 @@ def _arguments(
     w2: Tensor,
     w_gate: Tensor | None,
     norm_weight: Tensor | None,
-    normalize: Sequence[bool],
-    activation: str,
-    residual: bool,
-    norm_eps: float,
-    weight_eps: float,
+    *options: Any,
 ) -> dict[str, Any]:
-    """What both kernels take. An absent tensor is stood in for by another, which is not read."""
-    shared = _shared(
-        plan, x, w1, w2, w_gate, norm_weight, normalize, activation, residual, norm_eps, weight_eps
-    )
+    """What forward and backward take."""
+    shared = _shared(plan, x, w1, w2, w_gate, norm_weight, *options)
     return shared | {"AHEAD": plan.ahead, "LATE": plan.late and norm_weight is not None}
 
 
@@ -50,7 +44,8 @@ def _shared(
     *,
     half: bool = False,
 ) -> dict[str, Any]:
-    """What all kernels take. half: as in `check_weights`."""
+    """What all kernels take. An absent tensor is stood in for by another, which is not read. half: as in
+    `check_weights`."""
     check_weights(x, w1, w2, w_gate, norm_weight, half)
     x, w1, w2 = dense_rows(x), dense_rows(w1), dense_rows(w2)
     gate = w1 if w_gate is None else dense_rows(w_gate)

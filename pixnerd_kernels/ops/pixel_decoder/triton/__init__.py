@@ -175,7 +175,6 @@ def backward(
     linear = 0 if call.linear_weight is None else outputs * (channels + 1)
     output = torch.zeros(output_groups * tiles if some else 0, channels + linear, **wide)
     scratch = torch.empty(blocks + 1, side_by_side, pixels, channels, dtype=generated.dtype, device=device)
-    options = (call.normalize, call.activation, True, call.norm_eps, call.weight_eps)
     for begin in range(0, count, side_by_side):
         end = min(begin + side_by_side, count)
         kept = scratch[:, : end - begin]
@@ -193,7 +192,8 @@ def backward(
             if d_generated is not None:
                 targets = split_params(d_generated[block, begin:end], channels, call.field_hidden, call.gated)
             backward_into(
-                dx, norms[block, begin:end], dx, kept[block], *weights, call.small.norms[block], targets, *options
+                dx, norms[block, begin:end], dx, kept[block], *weights, call.small.norms[block], targets,
+                *call.field_options,
             )  # fmt: skip
         launch(
             ends.pixel_decoder_input_grad, (tiles, input_groups), device, Options(),
