@@ -144,7 +144,7 @@ def _decoder(
 
 
 def _modulated_norm(batch: int, tokens: int, size: int, dtype: torch.dtype) -> Callable[[], object]:
-    """The norms and residuals of a DiT block, alone and joined, forward and backward."""
+    """The norms and residuals of a DiT block, alone and joined: forward, backward, and value and tangent."""
 
     def run() -> None:
         norm, residual = _launchers("modulated_rms_norm"), _launchers("gated_residual")
@@ -156,6 +156,9 @@ def _modulated_norm(batch: int, tokens: int, size: int, dtype: torch.dtype) -> C
         residual.backward(x, x, row)
         residual.norm_forward(x, x, row, weight, row, row, 1e-6)
         residual.norm_backward(x, x, x, x, row, weight, True, row, 1e-6)
+        norm.jvp(x, weight, row, row, x, row, row, 1e-6)
+        residual.jvp(x, x, row, x, x, row)
+        residual.norm_jvp(x, x, row, weight, row, row, x, x, row, row, row, 1e-6)
 
     return run
 
@@ -166,6 +169,7 @@ def _swiglu(rows: int, columns: int, dtype: torch.dtype) -> Callable[[], object]
         gate, up = _empty(rows, 2 * columns, dtype=dtype).chunk(2, dim=1)
         triton.forward(gate, up)
         triton.backward(torch.empty_like(gate), gate, up, torch.empty_like(gate), torch.empty_like(up))
+        triton.jvp(gate, up, gate, up)
 
     return run
 
@@ -181,6 +185,7 @@ def _qk(
         rope = _empty(tokens, channels // 2, 2, dtype=torch.float32)
         q, k, v = triton.forward(qkv, weight, weight, rope, text_kv, 1e-6)
         triton.backward(q, k, v, qkv, weight, weight, rope, text_kv, 1e-6)
+        triton.jvp(qkv, weight, weight, rope, text_kv, qkv, text_kv, 1e-6)
 
     return run
 

@@ -194,6 +194,18 @@ void define_transformer_ops(py::module_& m) {
       py::arg("norm"), py::arg("grad"), py::arg("grad_z"), py::arg("dx"), py::arg("dy"), py::arg("d_gate"),
       py::arg("d_shift"), py::arg("d_scale"), py::arg("d_weight"));
 
+  m.def(
+      "modulated_rms_norm_jvp",
+      [](const ModulatedNorm& norm, const Strided& x, const Strided& y, const Strided& gate, const Strided& shift,
+         const Strided& scale, const Strided& z, const Strided& z_tangent, const Strided& out,
+         const Strided& out_tangent) {
+        py::gil_scoped_release release;
+        pixnerd::modulated_rms_norm_jvp(norm, {input(x), input(y), input(gate), input(shift), input(scale), output(z),
+                                               output(z_tangent), output(out), output(out_tangent)});
+      },
+      py::arg("norm"), py::kw_only(), py::arg("x"), py::arg("y"), py::arg("gate"), py::arg("shift"), py::arg("scale"),
+      py::arg("z"), py::arg("z_tangent"), py::arg("out"), py::arg("out_tangent"));
+
   py::class_<GatedResidual>(m, "GatedResidual", "Sizes and addresses of one call.")
       .def(py::init([](const std::array<std::int64_t, 3>& sizes, int dtype, int threads, const Strided& y,
                        const Strided& gate) {
@@ -215,6 +227,17 @@ void define_transformer_ops(py::module_& m) {
         pixnerd::gated_residual_backward(g, input(grad), output(dy), output(d_gate));
       },
       py::arg("residual"), py::arg("grad"), py::arg("dy"), py::arg("d_gate"));
+
+  m.def(
+      "gated_residual_jvp",
+      [](const GatedResidual& g, const Strided& x, const Strided& x_tangent, const Strided& y_tangent,
+         const Strided& gate_tangent, const Strided& out, const Strided& out_tangent) {
+        py::gil_scoped_release release;
+        pixnerd::gated_residual_jvp(
+            g, input(x), {input(x_tangent), input(y_tangent), input(gate_tangent), output(out), output(out_tangent)});
+      },
+      py::arg("residual"), py::kw_only(), py::arg("x"), py::arg("x_tangent"), py::arg("y_tangent"),
+      py::arg("gate_tangent"), py::arg("out"), py::arg("out_tangent"));
 
   py::class_<QkNormRope>(m, "QkNormRope", "Sizes and addresses of one call.")
       .def(
@@ -251,6 +274,20 @@ void define_transformer_ops(py::module_& m) {
       py::arg("call"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"),
       py::arg("d_text_k"), py::arg("d_text_v"), py::arg("d_q_weight"), py::arg("d_k_weight"));
 
+  m.def(
+      "qk_norm_rope_jvp",
+      [](const QkNormRope& a, const std::array<StridedHeads, 5>& tangents, const std::array<StridedHeads, 3>& values,
+         const std::array<StridedHeads, 3>& their_tangents) {
+        const auto& [q, k, v, text_k, text_v] = tangents;
+        const auto& [d_q, d_k, d_v] = their_tangents;
+        py::gil_scoped_release release;
+        pixnerd::qk_norm_rope_jvp(
+            a, {input(q), input(k), input(v), input(text_k), input(text_v), output(d_q), output(d_k), output(d_v)},
+            output(values[0]), output(values[1]), output(values[2]));
+      },
+      py::arg("call"), py::arg("tangents"), py::arg("values"), py::arg("their_tangents"),
+      "tangents: of q, k, v, text_k and text_v; values: q, k and v.");
+
   py::class_<Swiglu>(m, "Swiglu", "Sizes and addresses of one call.")
       .def(py::init([](std::int64_t rows, std::int64_t columns, int dtype, int threads, const Strided& gate,
                        const Strided& up) {
@@ -265,6 +302,14 @@ void define_transformer_ops(py::module_& m) {
         pixnerd::swiglu_forward(s, output(out));
       },
       py::arg("call"), py::arg("out"));
+  m.def(
+      "swiglu_jvp",
+      [](const Swiglu& s, const Strided& gate_tangent, const Strided& up_tangent, const Strided& out,
+         const Strided& out_tangent) {
+        py::gil_scoped_release release;
+        pixnerd::swiglu_jvp(s, {input(gate_tangent), input(up_tangent), output(out), output(out_tangent)});
+      },
+      py::arg("call"), py::arg("gate_tangent"), py::arg("up_tangent"), py::arg("out"), py::arg("out_tangent"));
   m.def(
       "swiglu_backward",
       [](const Swiglu& s, const Strided& grad, const Strided& d_gate, const Strided& d_up) {

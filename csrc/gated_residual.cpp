@@ -25,6 +25,28 @@ void forward(Storage storage, const GatedResidual& g, Matrices x, MutableMatrice
 }
 
 template <class T, class Storage>
+void jvp(Storage storage, const GatedResidual& g, Matrices x, const GatedResidualTangents& t) {
+  const int columns = static_cast<int>(g.columns);
+  for_row_chunks(g.batches, g.rows, g.threads,
+                 [&](int, std::int64_t, std::int64_t batch, std::int64_t first, std::int64_t count) {
+                   const auto* gate = row_of(storage, g.gate, batch, 0);
+                   for (std::int64_t r = first; r < first + count; ++r) {
+                     const auto *a = row_of(storage, x, batch, r), *b = row_of(storage, g.y, batch, r);
+                     for (int c = 0; c < columns; c += kLanes<T>) {
+                       const Vec<T> factor = load_columns<T>(storage, gate, c, columns);
+                       const Vec<T> y = load_columns<T>(storage, b, c, columns);
+                       const Vec<T> d = load_if_there<T>(storage, t.x, batch, r, c, columns) +
+                                        factor * load_if_there<T>(storage, t.y, batch, r, c, columns) +
+                                        y * load_if_there<T>(storage, t.gate, batch, 0, c, columns);
+                       store_columns<T>(storage, row_of(storage, t.out, batch, r), c, columns,
+                                        load_columns<T>(storage, a, c, columns) + factor * y);
+                       store_columns<T>(storage, row_of(storage, t.out_tangent, batch, r), c, columns, d);
+                     }
+                   }
+                 });
+}
+
+template <class T, class Storage>
 void backward(Storage storage, const GatedResidual& g, Matrices grad, MutableMatrices d_y, MutableMatrices d_gate) {
   const int columns = static_cast<int>(g.columns);
   const std::int64_t chunks = row_chunks(g.rows);
@@ -60,6 +82,10 @@ void backward(Storage storage, const GatedResidual& g, Matrices grad, MutableMat
 
 void gated_residual_forward(const GatedResidual& g, Matrices x, MutableMatrices out) {
   with_types(g.dtype, [&](auto type, auto storage) { forward<decltype(type)>(storage, g, x, out); });
+}
+
+void gated_residual_jvp(const GatedResidual& g, Matrices x, const GatedResidualTangents& t) {
+  with_types(g.dtype, [&](auto type, auto storage) { jvp<decltype(type)>(storage, g, x, t); });
 }
 
 void gated_residual_backward(const GatedResidual& g, Matrices grad, MutableMatrices d_y, MutableMatrices d_gate) {

@@ -5,26 +5,30 @@
 
 namespace pixnerd {
 
-#define PIXNERD_DECLARE(isa)                                                                      \
-  namespace isa {                                                                                 \
-  void neural_field_mlp_forward(const NeuralField&, MutableMatrices);                             \
-  void neural_field_mlp_backward(const NeuralField&, const NeuralFieldGradients&);                \
-  void neural_field_mlp_jvp(const NeuralField&, const NeuralFieldTangents&);                      \
-  void normalize_weights_forward(const ColumnNorm&, void*);                                       \
-  void normalize_weights_backward(const ColumnNorm&, const void*, void*);                         \
-  void matmul(const Product&);                                                                    \
-  std::int64_t pixel_decoder_sums(const PixelDecoder&);                                           \
-  void pixel_decoder_forward(const PixelDecoder&, const MutablePlanes&);                          \
-  void pixel_decoder_backward(const PixelDecoder&, const PixelDecoderGradients&);                 \
-  void modulated_rms_norm_forward(const ModulatedNorm&, MutableMatrices, MutableMatrices);        \
-  void modulated_rms_norm_backward(const ModulatedNorm&, const ModulatedNormGradients&);          \
-  void gated_residual_forward(const GatedResidual&, Matrices, MutableMatrices);                   \
-  void gated_residual_backward(const GatedResidual&, Matrices, MutableMatrices, MutableMatrices); \
-  void qk_norm_rope_forward(const QkNormRope&, MutableHeads, MutableHeads, MutableHeads);         \
-  void qk_norm_rope_backward(const QkNormRope&, const QkNormRopeGradients&);                      \
-  void swiglu_forward(const Swiglu&, MutableMatrices);                                            \
-  void swiglu_backward(const Swiglu&, Matrices, MutableMatrices, MutableMatrices);                \
-  std::int64_t multiply_adds(std::int64_t, int);                                                  \
+#define PIXNERD_DECLARE(isa)                                                                                     \
+  namespace isa {                                                                                                \
+  void neural_field_mlp_forward(const NeuralField&, MutableMatrices);                                            \
+  void neural_field_mlp_backward(const NeuralField&, const NeuralFieldGradients&);                               \
+  void neural_field_mlp_jvp(const NeuralField&, const NeuralFieldTangents&);                                     \
+  void normalize_weights_forward(const ColumnNorm&, void*);                                                      \
+  void normalize_weights_backward(const ColumnNorm&, const void*, void*);                                        \
+  void matmul(const Product&);                                                                                   \
+  std::int64_t pixel_decoder_sums(const PixelDecoder&);                                                          \
+  void pixel_decoder_forward(const PixelDecoder&, const MutablePlanes&);                                         \
+  void pixel_decoder_backward(const PixelDecoder&, const PixelDecoderGradients&);                                \
+  void modulated_rms_norm_forward(const ModulatedNorm&, MutableMatrices, MutableMatrices);                       \
+  void modulated_rms_norm_backward(const ModulatedNorm&, const ModulatedNormGradients&);                         \
+  void modulated_rms_norm_jvp(const ModulatedNorm&, const ModulatedNormTangents&);                               \
+  void gated_residual_forward(const GatedResidual&, Matrices, MutableMatrices);                                  \
+  void gated_residual_backward(const GatedResidual&, Matrices, MutableMatrices, MutableMatrices);                \
+  void gated_residual_jvp(const GatedResidual&, Matrices, const GatedResidualTangents&);                         \
+  void qk_norm_rope_forward(const QkNormRope&, MutableHeads, MutableHeads, MutableHeads);                        \
+  void qk_norm_rope_backward(const QkNormRope&, const QkNormRopeGradients&);                                     \
+  void qk_norm_rope_jvp(const QkNormRope&, const QkNormRopeTangents&, MutableHeads, MutableHeads, MutableHeads); \
+  void swiglu_forward(const Swiglu&, MutableMatrices);                                                           \
+  void swiglu_backward(const Swiglu&, Matrices, MutableMatrices, MutableMatrices);                               \
+  void swiglu_jvp(const Swiglu&, const SwigluTangents&);                                                         \
+  std::int64_t multiply_adds(std::int64_t, int);                                                                 \
   }
 PIXNERD_DECLARE(portable)
 #if PIXNERD_HAS_AVX2
@@ -63,12 +67,16 @@ struct Isa {
    isa::pixel_decoder_backward,      \
    isa::modulated_rms_norm_forward,  \
    isa::modulated_rms_norm_backward, \
+   isa::modulated_rms_norm_jvp,      \
    isa::gated_residual_forward,      \
    isa::gated_residual_backward,     \
+   isa::gated_residual_jvp,          \
    isa::qk_norm_rope_forward,        \
    isa::qk_norm_rope_backward,       \
+   isa::qk_norm_rope_jvp,            \
    isa::swiglu_forward,              \
    isa::swiglu_backward,             \
+   isa::swiglu_jvp,                  \
    isa::multiply_adds}
 
 const std::vector<Isa>& isas() {
@@ -163,11 +171,17 @@ void modulated_rms_norm_forward(const ModulatedNorm& norm, MutableMatrices z, Mu
 void modulated_rms_norm_backward(const ModulatedNorm& norm, const ModulatedNormGradients& gradients) {
   kernels().modulated_rms_norm_backward(norm, gradients);
 }
+void modulated_rms_norm_jvp(const ModulatedNorm& norm, const ModulatedNormTangents& tangents) {
+  kernels().modulated_rms_norm_jvp(norm, tangents);
+}
 void gated_residual_forward(const GatedResidual& g, Matrices x, MutableMatrices out) {
   kernels().gated_residual_forward(g, x, out);
 }
 void gated_residual_backward(const GatedResidual& g, Matrices grad, MutableMatrices d_y, MutableMatrices d_gate) {
   kernels().gated_residual_backward(g, grad, d_y, d_gate);
+}
+void gated_residual_jvp(const GatedResidual& g, Matrices x, const GatedResidualTangents& tangents) {
+  kernels().gated_residual_jvp(g, x, tangents);
 }
 void qk_norm_rope_forward(const QkNormRope& a, MutableHeads q, MutableHeads k, MutableHeads v) {
   kernels().qk_norm_rope_forward(a, q, k, v);
@@ -175,10 +189,15 @@ void qk_norm_rope_forward(const QkNormRope& a, MutableHeads q, MutableHeads k, M
 void qk_norm_rope_backward(const QkNormRope& a, const QkNormRopeGradients& d) {
   kernels().qk_norm_rope_backward(a, d);
 }
+void qk_norm_rope_jvp(const QkNormRope& a, const QkNormRopeTangents& t, MutableHeads q, MutableHeads k,
+                      MutableHeads v) {
+  kernels().qk_norm_rope_jvp(a, t, q, k, v);
+}
 void swiglu_forward(const Swiglu& s, MutableMatrices out) { kernels().swiglu_forward(s, out); }
 void swiglu_backward(const Swiglu& s, Matrices grad, MutableMatrices d_gate, MutableMatrices d_up) {
   kernels().swiglu_backward(s, grad, d_gate, d_up);
 }
+void swiglu_jvp(const Swiglu& s, const SwigluTangents& tangents) { kernels().swiglu_jvp(s, tangents); }
 std::int64_t multiply_adds(std::int64_t steps, int threads) { return kernels().multiply_adds(steps, threads); }
 
 }  // namespace pixnerd

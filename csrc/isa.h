@@ -38,12 +38,16 @@ struct Kernels {
   void (*pixel_decoder_backward)(const PixelDecoder&, const PixelDecoderGradients&);
   void (*modulated_rms_norm_forward)(const ModulatedNorm&, MutableMatrices, MutableMatrices);
   void (*modulated_rms_norm_backward)(const ModulatedNorm&, const ModulatedNormGradients&);
+  void (*modulated_rms_norm_jvp)(const ModulatedNorm&, const ModulatedNormTangents&);
   void (*gated_residual_forward)(const GatedResidual&, Matrices, MutableMatrices);
   void (*gated_residual_backward)(const GatedResidual&, Matrices, MutableMatrices, MutableMatrices);
+  void (*gated_residual_jvp)(const GatedResidual&, Matrices, const GatedResidualTangents&);
   void (*qk_norm_rope_forward)(const QkNormRope&, MutableHeads, MutableHeads, MutableHeads);
   void (*qk_norm_rope_backward)(const QkNormRope&, const QkNormRopeGradients&);
+  void (*qk_norm_rope_jvp)(const QkNormRope&, const QkNormRopeTangents&, MutableHeads, MutableHeads, MutableHeads);
   void (*swiglu_forward)(const Swiglu&, MutableMatrices);
   void (*swiglu_backward)(const Swiglu&, Matrices, MutableMatrices, MutableMatrices);
+  void (*swiglu_jvp)(const Swiglu&, const SwigluTangents&);
   std::int64_t (*multiply_adds)(std::int64_t, int);
 };
 const Kernels& kernels();

@@ -58,6 +58,68 @@ void forward(Storage storage, const ModulatedNorm& n, MutableMatrices z, Mutable
       });
 }
 
+// Lines of a worker behind the others, for tangents: of the factor, the shift and the gate.
+enum { kFactorTangent = kWorkerLines, kShiftTangent, kGateTangent, kTangentLines };
+
+template <class T, class Storage>
+void read_batch_tangents(Storage storage, const ModulatedNorm& n, const ModulatedNormTangents& t, std::int64_t batch,
+                         const Lines<T>& lines, int worker) {
+  const int columns = static_cast<int>(n.columns);
+  const T* weight = static_cast<const T*>(n.weight);
+  for (int c = 0; c < columns; c += kLanes<T>) {
+    const Vec<T> w = load_columns<T>(Native<T>{}, weight, c, columns);
+    store<T>(lines(worker, kFactorTangent) + c, w * load_if_there<T>(storage, t.scale, batch, 0, c, columns));
+    store<T>(lines(worker, kShiftTangent) + c, load_if_there<T>(storage, t.shift, batch, 0, c, columns));
+    store<T>(lines(worker, kGateTangent) + c, load_if_there<T>(storage, t.gate, batch, 0, c, columns));
+  }
+}
+
+// With n = z / rms and a = weight * (1 + scale), a prime for tangents:
+//   n' = (z' - n mean(z' n)) / rms,   out' = n' a + n weight scale' + shift'
+template <class T, bool Residual, class Storage>
+void jvp(Storage storage, const ModulatedNorm& n, const ModulatedNormTangents& t) {
+  const int columns = static_cast<int>(n.columns);
+  const Lines<T> lines(workers_for(n.batches * row_chunks(n.rows), n.threads), kTangentLines, n.columns);
+  for_row_chunks(n.batches, n.rows, n.threads,
+                 [&](int worker, std::int64_t, std::int64_t batch, std::int64_t first, std::int64_t count) {
+                   read_batch<T>(storage, n, batch, lines, worker);
+                   read_batch_tangents<T>(storage, n, t, batch, lines, worker);
+                   const T *factor = lines(worker, kFactor), *shift = lines(worker, kShift),
+                           *gate = lines(worker, kGate);
+                   const T *d_factor = lines(worker, kFactorTangent), *d_shift = lines(worker, kShiftTangent);
+                   const T* d_gate = lines(worker, kGateTangent);
+                   T *row = lines(worker, kRow), *slope = lines(worker, kSlope);
+                   for (std::int64_t r = first; r < first + count; ++r) {
+                     Vec<T> squares{}, products{};
+                     for (int c = 0; c < columns; c += kLanes<T>) {
+                       Vec<T> v = load_columns<T>(storage, row_of(storage, n.x, batch, r), c, columns);
+                       Vec<T> dv = load_if_there<T>(storage, t.x, batch, r, c, columns);
+                       if constexpr (Residual) {
+                         const Vec<T> y = load_columns<T>(storage, row_of(storage, n.y, batch, r), c, columns);
+                         v += load<T>(gate + c) * y;
+                         dv += load<T>(gate + c) * load_if_there<T>(storage, t.y, batch, r, c, columns) +
+                               load<T>(d_gate + c) * y;
+                         store_columns<T>(storage, row_of(storage, t.z, batch, r), c, columns, v);
+                         store_columns<T>(storage, row_of(storage, t.z_tangent, batch, r), c, columns, dv);
+                       }
+                       store<T>(row + c, v);
+                       store<T>(slope + c, dv);
+                       squares += v * v;
+                       products += v * dv;
+                     }
+                     const T inverse = inverse_rms<T>(squares, columns, n.eps);
+                     const T mean = sum<T>(products) / static_cast<T>(columns) * inverse;
+                     for (int c = 0; c < columns; c += kLanes<T>) {
+                       const Vec<T> v = load<T>(row + c) * inverse, dv = (load<T>(slope + c) - v * mean) * inverse;
+                       store_columns<T>(storage, row_of(storage, t.out, batch, r), c, columns,
+                                        v * load<T>(factor + c) + load<T>(shift + c));
+                       store_columns<T>(storage, row_of(storage, t.out_tangent, batch, r), c, columns,
+                                        dv * load<T>(factor + c) + v * load<T>(d_factor + c) + load<T>(d_shift + c));
+                     }
+                   }
+                 });
+}
+
 // With n = z / rms, g the gradient of out and a = weight * (1 + scale):
 //   dz = (g a - n mean(g a n)) / rms + the incoming gradient of z;   dx = dz, dy = dz * gate
 template <class T, bool Residual, class Storage>
@@ -138,6 +200,13 @@ void modulated_rms_norm_forward(const ModulatedNorm& n, MutableMatrices z, Mutab
   with_types(n.dtype, [&](auto type, auto storage) {
     using T = decltype(type);
     n.y.data ? forward<T, true>(storage, n, z, out) : forward<T, false>(storage, n, z, out);
+  });
+}
+
+void modulated_rms_norm_jvp(const ModulatedNorm& n, const ModulatedNormTangents& t) {
+  with_types(n.dtype, [&](auto type, auto storage) {
+    using T = decltype(type);
+    n.y.data ? jvp<T, true>(storage, n, t) : jvp<T, false>(storage, n, t);
   });
 }
 

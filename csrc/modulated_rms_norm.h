@@ -32,6 +32,15 @@ struct ModulatedNormGradients {
 // z is written where y is given. Throws std::bad_alloc.
 void modulated_rms_norm_forward(const ModulatedNorm& norm, MutableMatrices z, MutableMatrices out);
 
+struct ModulatedNormTangents {
+  Matrices x, y, gate, shift, scale;  // the incoming tangents; null where zero
+  MutableMatrices z, z_tangent;       // null for the norm alone
+  MutableMatrices out, out_tangent;
+};
+
+// Values and tangents. Throws std::bad_alloc.
+void modulated_rms_norm_jvp(const ModulatedNorm& norm, const ModulatedNormTangents& tangents);
+
 // Results do not depend on the number of threads. Throws std::bad_alloc.
 void modulated_rms_norm_backward(const ModulatedNorm& norm, const ModulatedNormGradients& gradients);
 

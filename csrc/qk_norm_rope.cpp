@@ -72,6 +72,33 @@ PIXNERD_INLINE void forward_head(Storage storage, const QkNormRope& a, const typ
   }
 }
 
+// With n = x / rms: n' = (x' - n mean(x' n)) / rms; the rotation is linear. A null tangent is zero.
+template <class T, class Storage>
+PIXNERD_INLINE void jvp_head(Storage storage, const QkNormRope& a, const typename Storage::Stored* x,
+                             const typename Storage::Stored* tangent, const T* weight, const T* table, T* row,
+                             T* slope, typename Storage::Stored* out, typename Storage::Stored* out_tangent) {
+  const int channels = static_cast<int>(a.channels);
+  const T inverse = read_head<T>(storage, x, channels, a.eps, row);
+  Vec<T> products{};
+  for (int c = 0; c < channels; c += kLanes<T>) {
+    const Vec<T> d = tangent ? load_columns<T>(storage, tangent, c, channels) : Vec<T>{};
+    store<T>(slope + c, d);
+    products += load<T>(row + c) * d;
+  }
+  const T mean = sum<T>(products) / static_cast<T>(channels) * inverse;
+  for (int c = 0; c < channels; c += kLanes<T>) {
+    const Vec<T> n = load<T>(row + c) * inverse, factor = load<T>(weight + c);
+    Vec<T> v = n * factor, d = (load<T>(slope + c) - n * mean) * inverse * factor;
+    if (table) {
+      const Vec<T> angles = load_columns<T>(Native<T>{}, table, c, channels);
+      v = turn<T, false>(v, angles);
+      d = turn<T, false>(d, angles);
+    }
+    store_columns<T>(storage, out, c, channels, v);
+    store_columns<T>(storage, out_tangent, c, channels, d);
+  }
+}
+
 // sums += the weight's gradient. With n = x / rms and g the gradient turned back:
 //   dx = (g weight - n mean(g weight n)) / rms
 template <class T, class Storage>
@@ -147,6 +174,40 @@ void forward(Storage storage, const QkNormRope& a, MutableHeads q, MutableHeads 
 }
 
 template <class T, class Storage>
+void jvp(Storage storage, const QkNormRope& a, const QkNormRopeTangents& d, MutableHeads q, MutableHeads k,
+         MutableHeads v) {
+  const std::int64_t chunks = a.batches * row_chunks(a.tokens + a.text_tokens);
+  const int workers = workers_for(chunks, a.threads);
+  const Lines<T> lines(workers, kWorkerLines, a.channels);
+  for (int worker = 0; worker < workers; ++worker) read_weights(a, lines, worker);
+  const auto maybe = [&](const Heads& m, std::int64_t b, std::int64_t t, std::int64_t h) {
+    return m.data ? head_of(storage, m, b, t, h) : nullptr;
+  };
+  for_tokens<T>(a, [&](int worker, std::int64_t, std::int64_t b, std::int64_t t, const T* table) {
+    T *row = lines(worker, kRow), *slope = lines(worker, kSlope);
+    const bool image = t < a.tokens;
+    const Heads &from_k = image ? a.k : a.text_k, &from_v = image ? a.v : a.text_v;
+    const Heads &along_k = image ? d.k : d.text_k, &along_v = image ? d.v : d.text_v;
+    const std::int64_t s = image ? t : t - a.tokens;
+    for (std::int64_t h = 0; h < a.heads; ++h) {
+      if (image) {
+        jvp_head<T>(storage, a, head_of(storage, a.q, b, t, h), maybe(d.q, b, t, h), lines(worker, kQWeight), table,
+                    row, slope, head_of(storage, q, b, t, h), head_of(storage, d.d_q, b, t, h));
+      }
+      jvp_head<T>(storage, a, head_of(storage, from_k, b, s, h), maybe(along_k, b, s, h), lines(worker, kKWeight),
+                  table, row, slope, head_of(storage, k, b, t, h), head_of(storage, d.d_k, b, t, h));
+      copy_head(storage, head_of(storage, from_v, b, s, h), head_of(storage, v, b, t, h), a.channels);
+      auto* d_v = head_of(storage, d.d_v, b, t, h);
+      if (along_v.data) {
+        copy_head(storage, head_of(storage, along_v, b, s, h), d_v, a.channels);
+      } else {
+        __builtin_memset(d_v, 0, static_cast<std::size_t>(a.channels) * sizeof(*d_v));
+      }
+    }
+  });
+}
+
+template <class T, class Storage>
 void backward(Storage storage, const QkNormRope& a, const QkNormRopeGradients& d) {
   const std::int64_t chunks = a.batches * row_chunks(a.tokens + a.text_tokens);
   const int workers = workers_for(chunks, a.threads);
@@ -187,6 +248,11 @@ void backward(Storage storage, const QkNormRope& a, const QkNormRopeGradients& d
 
 void qk_norm_rope_forward(const QkNormRope& a, MutableHeads q, MutableHeads k, MutableHeads v) {
   with_types(a.dtype, [&](auto type, auto storage) { forward<decltype(type)>(storage, a, q, k, v); });
+}
+
+void qk_norm_rope_jvp(const QkNormRope& a, const QkNormRopeTangents& d, MutableHeads q, MutableHeads k,
+                      MutableHeads v) {
+  with_types(a.dtype, [&](auto type, auto storage) { jvp<decltype(type)>(storage, a, d, q, k, v); });
 }
 
 void qk_norm_rope_backward(const QkNormRope& a, const QkNormRopeGradients& d) {

@@ -21,6 +21,15 @@ struct QkNormRope {
 // k and v [batches, tokens + text_tokens, heads, channels].
 void qk_norm_rope_forward(const QkNormRope& a, MutableHeads q, MutableHeads k, MutableHeads v);
 
+struct QkNormRopeTangents {
+  Heads q, k, v, text_k, text_v;  // the incoming tangents; null where zero
+  MutableHeads d_q, d_k, d_v;     // the results' tangents, shaped like these
+};
+
+// Values and tangents. Throws std::bad_alloc.
+void qk_norm_rope_jvp(const QkNormRope& a, const QkNormRopeTangents& t, MutableHeads q, MutableHeads k,
+                      MutableHeads v);
+
 struct QkNormRopeGradients {
   Heads q, k, v;  // the incoming gradients, shaped like forward's results
   MutableHeads d_q, d_k, d_v, d_text_k, d_text_v;

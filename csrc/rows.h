@@ -90,6 +90,13 @@ class Lines {
   Scratch memory_;
 };
 
+// Columns of a row from c on; zeros where the tensor is absent.
+template <class T, class Storage>
+PIXNERD_INLINE Vec<T> load_if_there(Storage storage, const Matrices& m, std::int64_t batch, std::int64_t row, int c,
+                                    int columns) {
+  return m.data ? load_columns<T>(storage, row_of(storage, m, batch, row), c, columns) : Vec<T>{};
+}
+
 template <class T>
 PIXNERD_INLINE void add_to(T* sums, Vec<T> v) {
   store<T>(sums, load<T>(sums) + v);

@@ -14,6 +14,15 @@ struct Swiglu {
 };
 
 void swiglu_forward(const Swiglu& s, MutableMatrices out);
+
+struct SwigluTangents {
+  Matrices gate, up;  // the incoming tangents; null where zero
+  MutableMatrices out, out_tangent;
+};
+
+// out and its tangent.
+void swiglu_jvp(const Swiglu& s, const SwigluTangents& tangents);
+
 void swiglu_backward(const Swiglu& s, Matrices grad, MutableMatrices d_gate, MutableMatrices d_up);
 
 }  // namespace pixnerd

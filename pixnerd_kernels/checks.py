@@ -17,6 +17,16 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
+def check_tangents(**pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
+    """Check that every tangent (None: there is none) has the shape, dtype and device of its value.
+
+    Of ops that only the dispatcher and the package itself call.
+    """
+    for name, (value, tangent) in pairs.items():
+        if tangent is not None and describe(tangent) != describe(value):
+            raise ValueError(f"tangent of {name}: expected {describe(value)}, got {describe(tangent)}")
+
+
 class Problems:
     """Collects what is wrong with a call, and raises it all at once.
 

@@ -19,9 +19,11 @@ KERNELS = (
     "coordinate_encoding",
     "gated_residual_backward",
     "gated_residual_forward",
+    "gated_residual_jvp",
     "matmul",
     "modulated_rms_norm_backward",
     "modulated_rms_norm_forward",
+    "modulated_rms_norm_jvp",
     "neural_field_mlp_backward",
     "neural_field_mlp_forward",
     "neural_field_mlp_jvp",
@@ -30,8 +32,10 @@ KERNELS = (
     "pixel_decoder_forward",
     "qk_norm_rope_backward",
     "qk_norm_rope_forward",
+    "qk_norm_rope_jvp",
     "swiglu_backward",
     "swiglu_forward",
+    "swiglu_jvp",
 )
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 SKIP_NATIVE = os.environ.get("PIXNERD_SKIP_NATIVE", "").lower() not in ("", "0", "false", "no", "off")

@@ -49,7 +49,7 @@ def register_autograd(
 
     with_tangents: the op in forward mode, `with_tangents(jvp, args, tangents)` for arguments without their tangents and
     these (None where there is none); `jvp(*arguments)` runs the op ``<name>_jvp``, see `register_jvp`, and returns its
-    value with the tangent. It returns None where that op cannot; then, and without it, the formula has the tangents.
+    values with their tangents. It returns None where that op cannot; then, and without it, the formula has them.
     """
 
     def kernel(*args: Any) -> Any:
@@ -110,16 +110,23 @@ def _take_apart(args: Any) -> tuple[Any, Any]:
     return tree_unflatten(values, structure), tree_unflatten(tangents, structure)
 
 
-def _jvp(name: str, level: int, *args: Any) -> torch.Tensor:
-    """The value that an op of tangents returns, with its tangent."""
+def _jvp(name: str, level: int, *args: Any) -> Any:
+    """The values that an op of tangents returns, with their tangents: one, or several in a tuple."""
     op = getattr(torch.ops.pixnerd, name)
     if level == _EAGER:
-        value, tangent = op(*args)
+        found = op(*args)
     else:  # from the transform's level to the one below, where gradients are recorded if at all
         with torch._C._AutoDispatchBelowAutograd():
-            value, tangent = op(*args)
-    dual: torch.Tensor = forward_ad.make_dual(value, tangent, level=_LEVEL)
-    return dual
+            found = op(*args)
+    values, tangents = _halves(found)
+    duals = tuple(forward_ad.make_dual(*pair, level=_LEVEL) for pair in zip(values, tangents, strict=True))
+    return duals[0] if len(duals) == 1 else duals
+
+
+def _halves(found: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Values and tangents of what an op of tangents returns, or what belongs to them."""
+    count = len(found) // 2
+    return found[:count], found[count:]
 
 
 def by_reference(implementation: Callable) -> Callable:
@@ -333,7 +340,7 @@ def _by_formula(ctx: Any, grads: Sequence[Any], needs: Sequence[bool]) -> Iterat
 
 
 class _Jvp(torch.autograd.Function):
-    """An op of tangents that can be differentiated: its value by its own backward, its tangent by its formula."""
+    """An op of tangents that can be differentiated: its values by their own backward, its tangents by its formula."""
 
     @staticmethod
     def forward(
@@ -344,22 +351,25 @@ class _Jvp(torch.autograd.Function):
         return _run_and_save(ctx, name, formula, structure, leaves)
 
     @staticmethod
-    def backward(ctx: Any, grad: Any, grad_of_tangent: Any) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
         needs = ctx.needs_input_grad[4:]
-        if grad is None and grad_of_tangent is None:
+        of_values, of_tangents = _halves(grads)
+        if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        # Where the tangent is part of a target, the value's own backward will do.
-        if grad_of_tangent is None:
-            found = ctx.gradients(grad, needs, *tree_unflatten(_saved(ctx), ctx.structure))
+        # Where tangents are part of a target, the values' own backward will do.
+        if all(grad is None for grad in of_tangents):
+            arguments = tree_unflatten(_saved(ctx), ctx.structure)
+            found = ctx.gradients(of_values[0] if len(of_values) == 1 else of_values, needs, *arguments)
             return None, None, None, None, *wanted(found, needs)
-        return None, None, None, None, *_by_formula(ctx, (grad, grad_of_tangent), needs)
+        return None, None, None, None, *_by_formula(ctx, grads, needs)
 
 
 def register_jvp(name: str, formula: Callable, gradients: Callable) -> None:
-    """Make the value and the tangent that the op ``<name>_jvp`` returns differentiable.
+    """Make what the op ``<name>_jvp`` returns differentiable: its values, and behind them a tangent of each.
 
-    formula: the op in plain PyTorch, out of place; gradients of its tangent and transforms go through it. gradients:
-    `gradients(grad, needs, *args)`, those of its first tensors, in the order of tree_flatten, from the value's alone.
+    formula: the op in plain PyTorch, out of place; gradients of its tangents and transforms go through it. gradients:
+    `gradients(grad, needs, *args)`, those of its first tensors, in the order of tree_flatten, from the value's alone;
+    grad is a tuple where there are several values, and None for those that get none.
     """
     name = f"{name}_jvp"
 

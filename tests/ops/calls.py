@@ -78,11 +78,50 @@ class Call:
         gradients = torch.autograd.grad(tuple(out.values()), tuple(leaves.values()), tuple(upstream.values()))
         return {name: t.detach() for name, t in out.items()} | dict(zip(leaves, gradients, strict=True))
 
+    def moving(self) -> tuple[str, ...]:
+        """The tensors along which kernels know tangents: all but the weights."""
+        return tuple(name for name in self.shapes if name not in self.weights)
+
+    def along(self, dtype: torch.dtype = torch.float32, names: tuple[str, ...] | None = None) -> Tensors:
+        """A tangent of each of these, or of all that move."""
+        others = self.inputs(dtype, seed=2)
+        return {name: others[name] for name in (self.moving() if names is None else names)}
+
+    def jvp(
+        self, function: Callable[..., Any], tensors: Mapping[str, Tensor], along: Tensors
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Values and tangents; what does not move is a constant."""
+        return torch.func.jvp(
+            lambda *values: tuple(
+                self.outputs(function, {**tensors, **dict(zip(along, values, strict=True))}).values()
+            ),
+            tuple(tensors[name] for name in along),
+            tuple(along.values()),
+        )
+
+    def tangents(self, function: Callable[..., Any], tensors: Tensors, along: Tensors) -> Tensors:
+        """`jvp` by name: "out0", "tangent0" and so on."""
+        values, tangents = self.jvp(function, tensors, along)
+        named = {f"out{i}": t for i, t in enumerate(values)}
+        named |= {f"tangent{i}": t for i, t in enumerate(tangents)}
+        return {name: t.detach() for name, t in named.items()}
+
     def expected(self, tensors: Tensors, upstream: Tensors) -> tuple[Tensors, Tensors]:
         """The plain formula at the tensors' dtype, and in float64 (at float64 both are the same)."""
         wide = {name: t.double() for name, t in tensors.items()}
         wide_upstream = {name: t.double() for name, t in upstream.items()}
         return self.results(self.plain, tensors, upstream), self.results(self.plain, wide, wide_upstream)
+
+
+@functools.lru_cache(maxsize=256)
+def expected_tangents(
+    call: Call, dtype: torch.dtype, names: tuple[str, ...] | None = None
+) -> tuple[Tensors, Tensors]:
+    """`Call.tangents` of the plain formula at the dtype, and in float64."""
+    with torch.device("cpu"):
+        each = call.inputs(dtype), call.along(dtype, names)
+        wide = [{name: t.double() for name, t in tensors.items()} for tensors in each]
+        return call.tangents(call.plain, *each), call.tangents(call.plain, *wide)
 
 
 @functools.lru_cache(maxsize=256)
@@ -227,6 +266,107 @@ class Matrix:
         any_isa.may_idle = kind not in BY_KERNELS
         op, plain = (lambda f=f, **tensors: call.outputs(f, tensors).values() for f in (call.op, call.plain))
         assert_derivatives(kind, op, plain, call.inputs(dtype))
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_tangents(self, backend, call, dtype):
+        """Of all that moves; a kernel computes them with the values."""
+        out = call.tangents(call.op, call.inputs(dtype), call.along(dtype))
+        assert any(name.endswith("_jvp") for name in backend.calls) == backend.compiled
+        assert_within(out, *expected_tangents(call, dtype))
+        assert all(tensor.is_contiguous() for tensor in out.values())
+
+    def test_tangents_of_one_alone(self, backend, call):
+        for name in call.moving():
+            out = call.tangents(call.op, call.inputs(), call.along(names=(name,)))
+            assert_within(out, *expected_tangents(call, torch.float32, (name,)))
+
+    @pytest.mark.parametrize("layout", [spread, sparse], ids=lambda layout: layout.__name__)
+    def test_strided_tangents(self, backend, call, layout):
+        each = ({name: layout(t) for name, t in tensors.items()} for tensors in (call.inputs(), call.along()))
+        out = call.tangents(call.op, *each)
+        assert_within(out, *expected_tangents(call, torch.float32))
+
+    def test_only_the_results_of_tangents_are_written(self, backend, call, monkeypatch):
+        plain = call.tangents(call.op, call.inputs(), call.along())
+        with between_sentinels(monkeypatch) as rooms:
+            out = call.tangents(call.op, call.inputs(), call.along())
+        assert rooms or not backend.compiled
+        assert all(torch.equal(tensor, plain[name]) for name, tensor in out.items())
+
+    def test_gradients_beside_tangents(self, backend, call):
+        """Those of the values are the ops' own, bit for bit, and nothing is saved but the inputs."""
+        tensors, upstream = call.inputs(), call.upstream()
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        along, constants, kept = call.along(), call.fixed(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            values, _ = call.jvp(lambda **tensors: call.op(**(tensors | constants)), leaves, along)
+        own = {t.data_ptr() for t in (*leaves.values(), *along.values(), *constants.values())}
+        assert {t.data_ptr() for t in kept} <= own
+        found = torch.autograd.grad(values, tuple(leaves.values()), tuple(upstream.values()))
+        expected = call.results(call.op, tensors, upstream)
+        out = dict(zip(leaves, found, strict=True))
+        if "gated_residual_rms_norm" in call.op.__name__ or not backend.one_kernel:
+            assert_within(out, *({name: e[name] for name in out} for e in call.expected(tensors, upstream)))
+        else:
+            assert all(torch.equal(gradient, expected[name]) for name, gradient in out.items())
+
+    @pytest.mark.float64
+    def test_gradients_of_one_value_beside_tangents(self, any_isa, call):
+        """What is not in the loss gets no gradient, or zero."""
+        tensors, upstream = call.inputs(), call.upstream()
+        count = len(upstream)
+        for index in range(count):
+            found = []
+            for function in (call.op, call.plain):
+                leaves = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+                values, _ = call.jvp(function, leaves, call.along(torch.float64))
+                found.append(
+                    torch.autograd.grad(
+                        values[index], tuple(leaves.values()), upstream[f"out{index}"].double(), materialize_grads=True,
+                        allow_unused=True,
+                    )
+                )  # fmt: skip
+            for own, plain in zip(*found, strict=True):
+                torch.testing.assert_close(own, plain, rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_opcheck_of_tangents(self, any_isa, calls, index):
+        call = calls[index]
+        with _Recorder() as recorder:
+            call.tangents(call.op, call.inputs(), call.along())
+        (jvp,) = [seen for seen in recorder.seen if seen[0].name().endswith("_jvp")]
+        torch.library.opcheck(jvp[0], jvp[1])
+
+    def test_tangents_that_do_not_fit(self, any_isa, first):
+        any_isa.may_idle = True
+        with _Recorder() as recorder:
+            first.tangents(first.op, first.inputs(), first.along())
+        (jvp,) = [seen for seen in recorder.seen if seen[0].name().endswith("_jvp")]
+        for i, name in enumerate(jvp[0]._schema.arguments):
+            if name.name.endswith("_tangent") and jvp[1][i] is not None:
+                for wrong in (jvp[1][i][..., :-1], jvp[1][i].double()):
+                    with pytest.raises(ValueError, match=f"tangent of {name.name.removesuffix('_tangent')}"):
+                        jvp[0](*jvp[1][:i], wrong, *jvp[1][i + 1 :])
+
+    def test_tangents_compile(self, core_calls, first):
+        """Under torch.compile the op of tangents is in the one graph."""
+        torch.compiler.reset()
+        fixed = first.fixed()
+
+        def step(tensors, along):
+            def results(*values):
+                moved = dict(zip(along, values, strict=True))
+                return tuple(by_name(first.op(**{**tensors, **moved, **fixed})).values())
+
+            return torch.func.jvp(results, tuple(tensors[name] for name in along), tuple(along.values()))
+
+        arguments = first.inputs(), first.along()
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+        expected = step(*arguments)
+        for own, eager in zip(found, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(own, eager, strict=True))
+        assert sum(count for name, count in core_calls.items() if name.endswith("_jvp")) == 2
+        torch.compiler.reset()
 
     def test_autocast(self, any_isa, first):
         """Inputs are cast first, weights are not, and gradients come back in the inputs' own dtypes."""

@@ -7,14 +7,13 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixnerd_kernels.checks import Problems
-from pixnerd_kernels.ops.attention import flash
-from pixnerd_kernels.ops.dtypes import autocasts
+from pixnerd_kernels.ops.attention import flash, tangents
+from pixnerd_kernels.ops.dtypes import autocast, autocasts
 from pixnerd_kernels.ops.library import Passed, has_tangents, plain
 
 #: In order of preference for tensors that flash kernels take; "sdpa" takes all others.
@@ -40,10 +39,12 @@ def attention(
     Returns:
         [B, L, heads, d] in q's dtype.
 
-    Gradients flow to all of them. Flash kernels have no tangents and no second derivatives: in forward mode and,
-    unless it is compiled, in nested gradients of torch.func, torch's formula is taken, which writes all logits to
-    memory. For all other second derivatives (torch.autograd.grad with create_graph) ask for it, as for torch's own
-    function: torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the forward.
+    Gradients flow to all of them. Tangents along q, k and v (forward mode) are computed with the value, some rows of
+    logits at a time; saved for backward are the inputs, and the value's gradients are those of torch's kernel. Flash
+    kernels have no second derivatives: in nested gradients of torch.func, unless they are compiled, and in those of
+    tangents, a formula is taken, which writes all logits to memory. For all other second derivatives
+    (torch.autograd.grad with create_graph) ask for torch's, as for its own function:
+    torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the forward.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -56,20 +57,26 @@ def attention(
     chosen = select(q, mask, backend)
     if chosen != "sdpa":
         return flash.run(chosen, q, k, v)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    with sdpa_kernel(SDPBackend.MATH) if _beyond_flash(q, k, v) else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    if _in_forward_mode(q, k, v, mask):
+        out: Tensor = torch.ops.pixnerd.attention(*autocast(q, k, v, mask))
+        return out
+    with sdpa_kernel(SDPBackend.MATH) if _nested() else contextlib.nullcontext():
+        return tangents.plain(q, k, v, mask)
 
 
-def _beyond_flash(*tensors: Tensor) -> bool:
-    """Whether tangents or, where no compiler traces, gradients of torch.func's gradients are taken."""
-    dual = forward_ad._current_level >= 0
-    if torch.compiler.is_compiling():
-        return dual
-    if not torch._C._are_functorch_transforms_active():
-        return has_tangents(tensors)
+def _in_forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether a tensor may have a tangent."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return forward_ad._current_level >= 0
+    return has_tangents(tensors)
+
+
+def _nested() -> bool:
+    """Whether gradients of torch.func's gradients are taken, where no compiler traces."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
     levels = torch._C._functorch.get_interpreter_stack() or []
-    return dual or sum(level.key() == torch._C._functorch.TransformType.Grad for level in levels) > 1
+    return sum(level.key() == torch._C._functorch.TransformType.Grad for level in levels) > 1
 
 
 def _check(q: Any, k: Any, v: Any, mask: Any, backend: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels import backends
-from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.checks import Problems, check_tangents
 from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
@@ -21,6 +21,7 @@ from pixnerd_kernels.ops.library import (
     register,
     register_autograd,
     register_gradients,
+    register_jvp,
     wanted,
 )
 from pixnerd_kernels.ops.modulated_rms_norm import check_batch_rows, check_modulation
@@ -40,8 +41,9 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         float32 with one rounding. B = 0 or L = 0 gives an empty result.
 
     Gradients flow to all three; x's is the incoming one itself. Saved for backward: y and gate. Deterministic: the
-    sum over tokens is added up in a fixed order. Derivatives of higher order, forward mode and the transforms of
-    torch.func run on the reference. Under autocast all are cast to the autocast dtype first.
+    sum over tokens is added up in a fixed order. Tangents (forward mode) are computed with the value in one pass.
+    Derivatives of higher order and the other transforms of torch.func run on the reference. Under autocast all are
+    cast to the autocast dtype first.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -77,8 +79,9 @@ def gated_residual_rms_norm(
         (z, n), both [B, L, D] in x's dtype, contiguous: z = x + gate * y and n = modulated_rms_norm(z, ...), taken of
         z before it is rounded.
 
-    Saved for backward: z, y, gate, weight and scale. Backward normalises that z, which half precision has rounded: the
-    gradient of weight is as inexact, in float32 too. The rest as in the two ops that this one joins.
+    Saved for backward: z, y, gate, weight and scale (with tangents x instead of z). Backward normalises that z, which
+    half precision has rounded: the gradient of weight is as inexact, in float32 too. The rest as in the two ops that
+    this one joins.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in the two ops.
@@ -148,6 +151,44 @@ def _norm_backward(grad_z, grad, z, *arguments):  # type: ignore[no-untyped-def]
     return [z.new_empty(0) if g is None else g for g in _norm_gradients(grad_z, grad, z, *arguments)]
 
 
+def _jvp(x, y, gate, *arguments):  # type: ignore[no-untyped-def]
+    *tangents, forced = arguments
+    check_tangents(**dict(zip(("x", "y", "gate"), zip((x, y, gate), tangents, strict=True), strict=True)))
+    with torch._C._DisableAutocast():
+        return _backend(x, forced).jvp(x, y, gate, *tangents)
+
+
+def _norm_jvp(x, y, gate, weight, shift, scale, *arguments):  # type: ignore[no-untyped-def]
+    *tangents, eps, forced = arguments
+    values = {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale}
+    check_tangents(**dict(zip(values, zip(values.values(), tangents, strict=True), strict=True)))
+    with torch._C._DisableAutocast():
+        return _backend(x, forced).norm_jvp(x, y, gate, weight, shift, scale, *tangents, eps)
+
+
+def _with_tangents(jvp, arguments, tangents):  # type: ignore[no-untyped-def]
+    return jvp(*arguments[:3], *tangents[:3], *arguments[3:])
+
+
+def _norm_with_tangents(jvp, arguments, tangents):  # type: ignore[no-untyped-def]
+    x, y, gate, weight, shift, scale = tangents[:6]
+    return None if weight is not None else jvp(*arguments[:6], x, y, gate, shift, scale, *arguments[6:])
+
+
+def _value_gradients(grad, needs, x, y, gate, *arguments):  # type: ignore[no-untyped-def]
+    if not any(needs[1:3]):
+        return (grad,)
+    return grad, *gradients("gated_residual_backward", _backward, grad, y, gate, arguments[-1])
+
+
+def _norm_value_gradients(grads, needs, x, y, gate, weight, shift, scale, *arguments):  # type: ignore[no-untyped-def]
+    eps, forced = arguments[-2:]
+    grad_z, grad = (torch.zeros_like(x) if grad is None else grad for grad in grads)
+    z = torch.ops.pixnerd.gated_residual(x, y, gate, forced)
+    call = (grad_z, grad, z, y, gate, weight, shift is not None, scale, eps, forced)
+    return gradients("gated_residual_rms_norm_backward", _norm_gradients, *call)
+
+
 def _empty(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
@@ -179,6 +220,19 @@ register(
     "bool shifted, Tensor? scale, float eps, str forced) -> Tensor[]",
     _norm_backward,
     _fake_norm_backward,
+)
+register(
+    "gated_residual_jvp(Tensor x, Tensor y, Tensor gate, Tensor? x_tangent, Tensor? y_tangent, Tensor? gate_tangent, "
+    "str forced) -> (Tensor, Tensor)",
+    _jvp,
+    lambda x, *rest: (_empty(x), _empty(x)),
+)
+register(
+    "gated_residual_rms_norm_jvp(Tensor x, Tensor y, Tensor gate, Tensor weight, Tensor? shift, Tensor? scale, "
+    "Tensor? x_tangent, Tensor? y_tangent, Tensor? gate_tangent, Tensor? shift_tangent, Tensor? scale_tangent, "
+    "float eps, str forced) -> (Tensor, Tensor, Tensor, Tensor)",
+    _norm_jvp,
+    lambda x, *rest: tuple(_empty(x) for _ in range(4)),
 )
 
 
@@ -215,7 +269,11 @@ class _GatedResidualNorm(torch.autograd.Function):
         return wanted(found, ctx.needs_input_grad)
 
 
-register_autograd("gated_residual", _GatedResidual.apply, by_reference(_forward))
-register_autograd("gated_residual_rms_norm", _GatedResidualNorm.apply, by_reference(_norm_forward))
+register_autograd("gated_residual", _GatedResidual.apply, by_reference(_forward), _with_tangents)
+register_autograd(
+    "gated_residual_rms_norm", _GatedResidualNorm.apply, by_reference(_norm_forward), _norm_with_tangents
+)
 register_gradients("gated_residual_backward", by_reference(_backward))
 register_gradients("gated_residual_rms_norm_backward", by_reference(_norm_backward))
+register_jvp("gated_residual", by_reference(_jvp), _value_gradients)
+register_jvp("gated_residual_rms_norm", by_reference(_norm_jvp), _norm_value_gradients)

@@ -42,6 +42,36 @@ def forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return out
 
 
+def jvp(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    x_tangent: Tensor | None,
+    y_tangent: Tensor | None,
+    gate_tangent: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """z and its tangent in x's dtype, contiguous; no tangent is a zero one."""
+    tangents = (x_tangent, y_tangent, gate_tangent)
+    if y.shape != x.shape or y.dtype != x.dtype:
+        raise ValueError(f"y: expected {list(x.shape)} {x.dtype}, got {describe(y)}")
+    out, out_tangent = (fresh(torch.empty_like(x, memory_format=torch.contiguous_format)) for _ in range(2))
+    if out.numel():
+        x = dense_rows(x)
+        call, alive = _residual(y, gate)
+        dx, dy, d_gate = (None if tangent is None else dense_rows(tangent) for tangent in tangents)
+        native().gated_residual_jvp(
+            call,
+            x=strided(x),
+            x_tangent=strided(dx),
+            y_tangent=strided(dy),
+            gate_tangent=strided(d_gate),
+            out=strided(out),
+            out_tangent=strided(out_tangent),
+        )
+        del alive
+    return out, out_tangent
+
+
 def backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and gate, contiguous."""
     if grad.shape != y.shape or grad.dtype != y.dtype:
@@ -80,3 +110,23 @@ def norm_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, y, gate, weight, shift and scale (None where absent), contiguous."""
     return norm.run_backward(grad_z, grad, z, weight, shifted, scale, eps, y, gate)
+
+
+def norm_jvp(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    x_tangent: Tensor | None,
+    y_tangent: Tensor | None,
+    gate_tangent: Tensor | None,
+    shift_tangent: Tensor | None,
+    scale_tangent: Tensor | None,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    """z, n and their tangents in x's dtype, contiguous; no tangent is a zero one."""
+    tangents = (x_tangent, y_tangent, gate_tangent, shift_tangent, scale_tangent)
+    z, n, z_tangent, n_tangent = norm.run_jvp(x, weight, shift, scale, eps, y, gate, tangents)
+    return z, n, z_tangent, n_tangent

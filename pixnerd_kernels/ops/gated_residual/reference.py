@@ -3,13 +3,14 @@
     z = x + gate * y
     n = modulated_rms_norm(z, weight, shift, scale, eps)
 
-x and y [B, L, D], gate [B, 1, D]. With g the gradient of z: dx = g, dy = g * gate, d_gate = sum_l g * y. float32 and
-float64 compute in their own dtype, bfloat16 and float16 in float32 with one rounding at the end. Source: the official
-PixNerd's DiT block.
+x and y [B, L, D], gate [B, 1, D]. With g the gradient of z: dx = g, dy = g * gate, d_gate = sum_l g * y. A tangent:
+z' = x' + gate * y' + gate' * y. float32 and float64 compute in their own dtype, bfloat16 and float16 in float32 with
+one rounding at the end. Source: the official PixNerd's DiT block.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pixnerd_kernels.ops.dtypes import compute_dtype
@@ -20,6 +21,19 @@ def _sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """z in the dtype computed in."""
     wide = compute_dtype(x.dtype)
     return x.to(wide) + gate.to(wide) * y.to(wide)
+
+
+def _sum_tangent(
+    y: Tensor, gate: Tensor, x_tangent: Tensor | None, y_tangent: Tensor | None, gate_tangent: Tensor | None
+) -> Tensor:
+    """The tangent of z in the dtype computed in."""
+    wide = compute_dtype(y.dtype)
+    tangent = torch.zeros_like(y, dtype=wide) if x_tangent is None else x_tangent.to(wide)
+    if y_tangent is not None:
+        tangent = tangent + gate.to(wide) * y_tangent.to(wide)
+    if gate_tangent is not None:
+        tangent = tangent + gate_tangent.to(wide) * y.to(wide)
+    return tangent
 
 
 def forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -33,6 +47,20 @@ def backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     g = grad.to(wide)
     d_gate = (g * y.to(wide)).sum(1, keepdim=True)
     return (g * gate.to(wide)).to(y.dtype).contiguous(), d_gate.to(y.dtype)
+
+
+def jvp(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    x_tangent: Tensor | None,
+    y_tangent: Tensor | None,
+    gate_tangent: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """z and its tangent in x's dtype, contiguous; no tangent is a zero one."""
+    # One that is x's own would be both an argument of the op and its result.
+    tangent = _sum_tangent(y, gate, x_tangent, y_tangent, gate_tangent).to(x.dtype)
+    return forward(x, y, gate), tangent.clone(memory_format=torch.contiguous_format)
 
 
 def norm_forward(
@@ -66,3 +94,25 @@ def norm_backward(
     dy = (dz * gate.to(wide)).to(z.dtype)
     rows = [None if row is None else row.to(z.dtype) for row in (d_shift, d_scale)]
     return dz.to(z.dtype).contiguous(), dy.contiguous(), d_gate, d_weight, *rows
+
+
+def norm_jvp(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    x_tangent: Tensor | None,
+    y_tangent: Tensor | None,
+    gate_tangent: Tensor | None,
+    shift_tangent: Tensor | None,
+    scale_tangent: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z, n and their tangents in x's dtype, contiguous; no tangent is a zero one."""
+    z, dz = _sum(x, y, gate), _sum_tangent(y, gate, x_tangent, y_tangent, gate_tangent)
+    shift, scale = (None if row is None else row.to(z.dtype) for row in (shift, scale))
+    n, dn = norm.jvp(z, weight, shift, scale, dz, shift_tangent, scale_tangent, eps)
+    dz = dz.to(x.dtype).clone(memory_format=torch.contiguous_format)
+    return z.to(x.dtype).contiguous(), n.to(x.dtype), dz, dn.to(x.dtype)

@@ -27,6 +27,30 @@ def norm_forward(
     return norm.run_forward(x, weight, shift, scale, eps, y, gate)
 
 
+def jvp(x: Tensor, y: Tensor, gate: Tensor, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    """z and its tangent in x's dtype, contiguous, from those of x, y and gate; no tangent is a zero one."""
+    return norm.run_jvp(x, None, None, None, 0.0, y, gate, (*tangents, None, None))[::2]
+
+
+def norm_jvp(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    x_tangent: Tensor | None,
+    y_tangent: Tensor | None,
+    gate_tangent: Tensor | None,
+    shift_tangent: Tensor | None,
+    scale_tangent: Tensor | None,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    """z, n and their tangents in x's dtype, contiguous; no tangent is a zero one."""
+    tangents = (x_tangent, y_tangent, gate_tangent, shift_tangent, scale_tangent)
+    return norm.run_jvp(x, weight, shift, scale, eps, y, gate, tangents)
+
+
 def norm_backward(
     grad_z: Tensor,
     grad: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels import backends
-from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.checks import Problems, check_tangents
 from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
@@ -21,6 +21,7 @@ from pixnerd_kernels.ops.library import (
     register,
     register_autograd,
     register_gradients,
+    register_jvp,
     wanted,
 )
 
@@ -47,9 +48,9 @@ def modulated_rms_norm(
         float16 in float32 with one rounding. B = 0 or L = 0 gives an empty result.
 
     Gradients flow to x, weight, shift and scale. Saved for backward: x, weight and scale. Deterministic: the sums
-    over tokens are added up in a fixed order. Derivatives of higher order, forward mode and the transforms of
-    torch.func run on the reference. Under autocast x, shift and scale are cast to the autocast dtype first (weight is
-    not).
+    over tokens are added up in a fixed order. Tangents along x, shift and scale (forward mode) are computed with the
+    value in one pass. Derivatives of higher order, tangents along weight and the other transforms of torch.func run
+    on the reference. Under autocast x, shift and scale are cast to the autocast dtype first (weight is not).
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -134,6 +135,23 @@ def _backward(grad, x, *arguments):  # type: ignore[no-untyped-def]
     return [x.new_empty(0) if g is None else g for g in _gradients(grad, x, *arguments)]
 
 
+def _jvp(x, weight, shift, scale, x_tangent, shift_tangent, scale_tangent, eps, forced):  # type: ignore[no-untyped-def]
+    check_tangents(x=(x, x_tangent), shift=(shift, shift_tangent), scale=(scale, scale_tangent))
+    tangents = (x_tangent, shift_tangent, scale_tangent)
+    with torch._C._DisableAutocast():
+        return _backend(x, forced).jvp(x, weight, shift, scale, *tangents, eps)
+
+
+def _with_tangents(jvp, arguments, tangents):  # type: ignore[no-untyped-def]
+    x, weight, shift, scale = tangents[:4]
+    return None if weight is not None else jvp(*arguments[:4], x, shift, scale, *arguments[4:])
+
+
+def _value_gradients(grad, needs, x, weight, shift, scale, *arguments):  # type: ignore[no-untyped-def]
+    call = (grad, x, weight, shift is not None, scale, *arguments[3:])
+    return gradients("modulated_rms_norm_backward", _gradients, *call)
+
+
 def _empty(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
@@ -155,6 +173,12 @@ register(
     _backward,
     _fake_backward,
 )
+register(
+    "modulated_rms_norm_jvp(Tensor x, Tensor weight, Tensor? shift, Tensor? scale, Tensor? x_tangent, "
+    "Tensor? shift_tangent, Tensor? scale_tangent, float eps, str forced) -> (Tensor, Tensor)",
+    _jvp,
+    lambda x, *rest: (_empty(x), _empty(x)),
+)
 
 
 class _ModulatedRMSNorm(torch.autograd.Function):
@@ -174,5 +198,6 @@ class _ModulatedRMSNorm(torch.autograd.Function):
         return wanted(found, ctx.needs_input_grad)
 
 
-register_autograd("modulated_rms_norm", _ModulatedRMSNorm.apply, by_reference(_forward))
+register_autograd("modulated_rms_norm", _ModulatedRMSNorm.apply, by_reference(_forward), _with_tangents)
 register_gradients("modulated_rms_norm_backward", by_reference(_backward))
+register_jvp("modulated_rms_norm", by_reference(_jvp), _value_gradients)

@@ -132,3 +132,51 @@ def run_backward(
             if target is not None:
                 target.zero_()
     return dx, dy, d_gate, d_weight.to(weight.dtype), d_shift, d_scale
+
+
+def jvp(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    x_tangent: Tensor | None,
+    shift_tangent: Tensor | None,
+    scale_tangent: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """out [B, L, D] and its tangent in x's dtype, contiguous; no tangent is a zero one."""
+    tangents = (x_tangent, None, None, shift_tangent, scale_tangent)
+    _, out, _, out_tangent = run_jvp(x, weight, shift, scale, eps, None, None, tangents)
+    return out, out_tangent
+
+
+def run_jvp(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    y: Tensor | None,
+    gate: Tensor | None,
+    tangents: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+    """z = x + gate * y (None without y), its norm, and their tangents, from those of x, y, gate, shift and scale."""
+    out, out_tangent = (fresh(torch.empty_like(x, memory_format=torch.contiguous_format)) for _ in range(2))
+    z, z_tangent = (None if y is None else fresh(torch.empty_like(out)) for _ in range(2))
+    if out.numel():
+        norm, alive = _norm(x, weight, shift, scale, eps, y, gate)
+        dense = [None if tangent is None else dense_rows(tangent) for tangent in tangents]
+        native().modulated_rms_norm_jvp(
+            norm,
+            **{name: strided(tangent) for name, tangent in zip(_MOVING, dense, strict=True)},
+            z=strided(z),
+            z_tangent=strided(z_tangent),
+            out=strided(out),
+            out_tangent=strided(out_tangent),
+        )
+        del alive
+    return z, out, z_tangent, out_tangent
+
+
+#: What may have a tangent.
+_MOVING = ("x", "y", "gate", "shift", "scale")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels import backends
-from pixnerd_kernels.checks import describe
+from pixnerd_kernels.checks import check_tangents
 from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
@@ -258,10 +258,7 @@ def _packed_jvp(x, params, norm_weight, hidden, gated, x_tangent, params_tangent
     weights = matrices(params, x.shape[2], hidden, gated)
     tangents = [None] * 3
     if params_tangent is not None:
-        if describe(params_tangent) != describe(params):
-            raise ValueError(
-                f"tangent of params: expected {describe(params)}, got {describe(params_tangent)}"
-            )
+        check_tangents(params=(params, params_tangent))
         tangents = matrices(params_tangent, x.shape[2], hidden, gated)
     return _jvp(x, *weights, norm_weight, x_tangent, *tangents, *options)
 

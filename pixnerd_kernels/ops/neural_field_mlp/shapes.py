@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pixnerd_kernels import checks
 from pixnerd_kernels.checks import describe
 
 
@@ -53,16 +54,8 @@ def check_gradient(grad: Tensor, x: Tensor) -> None:
 def check_tangents(tensors: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> None:
     """Tangents of x, w1, w2 and w_gate have the shape, dtype and device of theirs; the weights have all or none, and
     something has one."""
-    for name, tensor, tangent in zip(("x", "w1", "w2", "w_gate"), tensors, tangents, strict=True):
-        if tangent is None:
-            continue
-        if tensor is None or (tangent.shape, tangent.dtype, tangent.device) != (
-            tensor.shape,
-            tensor.dtype,
-            tensor.device,
-        ):
-            expected = "None" if tensor is None else describe(tensor)
-            raise ValueError(f"tangent of {name}: expected {expected}, got {describe(tangent)}")
+    names = ("x", "w1", "w2", "w_gate")
+    checks.check_tangents(**dict(zip(names, zip(tensors, tangents, strict=True), strict=True)))
     _, *weights = (
         tangent is None for tensor, tangent in zip(tensors, tangents, strict=True) if tensor is not None
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels import backends
-from pixnerd_kernels.checks import Problems, describe
+from pixnerd_kernels.checks import Problems, check_tangents, describe
 from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import register, register_autograd, register_gradients, register_jvp
 from pixnerd_kernels.ops.native import dense_rows
@@ -253,12 +253,7 @@ def _backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
 def _jvp(image_tangent, hidden_tangent, *arguments):  # type: ignore[no-untyped-def]
     *arguments, _, forced = arguments
     call = _call(*arguments)
-    for name, value, tangent in (
-        ("image", call.image, image_tangent),
-        ("hidden", call.hidden, hidden_tangent),
-    ):
-        if tangent is not None and describe(tangent) != describe(value):
-            raise ValueError(f"tangent of {name}: expected {describe(value)}, got {describe(tangent)}")
+    check_tangents(image=(call.image, image_tangent), hidden=(call.hidden, hidden_tangent))
     if image_tangent is None and hidden_tangent is None:
         raise ValueError("pixel_decoder_jvp: expected a tangent of image or hidden, got neither")
     with torch._C._DisableAutocast():

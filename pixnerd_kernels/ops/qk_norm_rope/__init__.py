@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels import backends
-from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.checks import Problems, check_tangents
 from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
@@ -21,6 +21,7 @@ from pixnerd_kernels.ops.library import (
     register,
     register_autograd,
     register_gradients,
+    register_jvp,
     wanted,
 )
 
@@ -56,9 +57,9 @@ def qk_norm_rope(
         their own dtype, bfloat16 and float16 in float32 with one rounding.
 
     Gradients flow to qkv, text_kv and the weights; that of qkv is written packed. Saved for backward: the inputs.
-    Deterministic: the sums over tokens are added up in a fixed order. Derivatives of higher order, forward mode and
-    the transforms of torch.func run on the reference. Under autocast qkv and text_kv are cast to the autocast dtype
-    first.
+    Deterministic: the sums over tokens are added up in a fixed order. Tangents along qkv and text_kv (forward mode)
+    are computed with the values in one pass. Derivatives of higher order, tangents along weights and the other
+    transforms of torch.func run on the reference. Under autocast qkv and text_kv are cast to the autocast dtype first.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -131,6 +132,29 @@ def _backward(grad_q, grad_k, grad_v, qkv, *arguments):  # type: ignore[no-untyp
     return [qkv.new_empty(0) if g is None else g for g in found]
 
 
+def _jvp(qkv, q_weight, k_weight, rope, text_kv, qkv_tangent, text_kv_tangent, eps, forced):  # type: ignore[no-untyped-def]
+    check_tangents(qkv=(qkv, qkv_tangent), text_kv=(text_kv, text_kv_tangent))
+    tangents = (qkv_tangent, text_kv_tangent)
+    with torch._C._DisableAutocast():
+        return _backend(qkv, forced).jvp(qkv, q_weight, k_weight, rope, text_kv, *tangents, eps)
+
+
+def _with_tangents(jvp, arguments, tangents):  # type: ignore[no-untyped-def]
+    qkv, q_weight, k_weight, rope, text_kv = tangents[:5]
+    if any(tangent is not None for tangent in (q_weight, k_weight, rope)):
+        return None
+    return jvp(*arguments[:5], qkv, text_kv, *arguments[5:])
+
+
+def _value_gradients(grads, needs, *arguments):  # type: ignore[no-untyped-def]
+    inputs = (*arguments[:5], *arguments[7:])
+    if any(grad is None for grad in grads):
+        results = _fake_forward(*inputs)
+        grads = [r.zero_() if grad is None else grad for grad, r in zip(grads, results, strict=True)]
+    dx, *weights, d_text = gradients("qk_norm_rope_backward", _gradients, *grads, *inputs)
+    return dx, *weights, None, d_text
+
+
 def _empty(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
@@ -146,12 +170,23 @@ def _fake_backward(grad_q, grad_k, grad_v, qkv, q_weight, k_weight, rope, text_k
     return [_empty(qkv), _empty(q_weight), _empty(k_weight), d_text]
 
 
+def _fake_jvp(*arguments):  # type: ignore[no-untyped-def]
+    inputs = (*arguments[:5], *arguments[7:])
+    return (*_fake_forward(*inputs), *_fake_forward(*inputs))
+
+
 _INPUTS = "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor? rope, Tensor? text_kv, float eps, str forced"
 register(f"qk_norm_rope({_INPUTS}) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward)
 register(
     f"qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, {_INPUTS}) -> Tensor[]",
     _backward,
     _fake_backward,
+)
+register(
+    f"qk_norm_rope_jvp({_INPUTS.replace('float eps', 'Tensor? qkv_tangent, Tensor? text_kv_tangent, float eps')}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _jvp,
+    _fake_jvp,
 )
 
 
@@ -171,5 +206,6 @@ class _QkNormRope(torch.autograd.Function):
         return wanted((d_qkv, d_q_weight, d_k_weight, None, d_text), ctx.needs_input_grad)
 
 
-register_autograd("qk_norm_rope", _QkNormRope.apply, by_reference(_forward))
+register_autograd("qk_norm_rope", _QkNormRope.apply, by_reference(_forward), _with_tangents)
 register_gradients("qk_norm_rope_backward", by_reference(_backward))
+register_jvp("qk_norm_rope", by_reference(_jvp), _value_gradients)

@@ -75,19 +75,44 @@ def _call(
     return call, (qkv, text_kv, q_weight, k_weight, rope)
 
 
+def _results(qkv: Tensor, text_kv: Tensor | None) -> list[Tensor]:
+    """q, k and v, to be written."""
+    batch, tokens, _, heads, channels = qkv.shape
+    keys = tokens + (0 if text_kv is None else text_kv.shape[1])
+    return [fresh(qkv.new_empty(batch, length, heads, channels)) for length in (tokens, keys, keys)]
+
+
 def forward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None, text_kv: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, L, heads, d], k and v [B, L + M, heads, d], contiguous."""
-    batch, tokens, _, heads, channels = qkv.shape
-    keys = tokens + (0 if text_kv is None else text_kv.shape[1])
-    q = fresh(qkv.new_empty(batch, tokens, heads, channels))
-    k, v = (fresh(qkv.new_empty(batch, keys, heads, channels)) for _ in range(2))
+    q, k, v = _results(qkv, text_kv)
     if k.numel():
         call, alive = _call(qkv, q_weight, k_weight, rope, text_kv, eps)
         native().qk_norm_rope_forward(call, _heads(q), _heads(k), _heads(v))
         del alive
     return q, k, v
+
+
+def jvp(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor | None,
+    text_kv: Tensor | None,
+    qkv_tangent: Tensor | None,
+    text_kv_tangent: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """q [B, L, heads, d], k and v [B, L + M, heads, d], and a tangent of each; no tangent is a zero one."""
+    values, tangents = _results(qkv, text_kv), _results(qkv, text_kv)
+    if values[1].numel():
+        call, alive = _call(qkv, q_weight, k_weight, rope, text_kv, eps)
+        along, text_along = (None if t is None else dense_rows(t) for t in (qkv_tangent, text_kv_tangent))
+        moving = [*_parts(along, 3), *_parts(text_along, 2)]
+        native().qk_norm_rope_jvp(call, moving, [*map(_heads, values)], [*map(_heads, tangents)])
+        del alive
+    return *values, *tangents
 
 
 def backward(

@@ -89,3 +89,39 @@ def backward(
         dk_weight = dk_weight + more
     d_qkv = torch.stack([dq, dk, own_v], dim=2)
     return d_qkv, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), d_text
+
+
+def _norm_jvp(x: Tensor, tangent: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """n(x) and its tangent in the dtype computed in."""
+    wide = compute_dtype(x.dtype)
+    along = None if tangent is None else _rows(tangent.to(wide))
+    n, dn = norm.jvp(_rows(x.to(wide)), weight, None, None, along, None, None, eps)
+    return n.view(x.shape), dn.view(x.shape)
+
+
+def jvp(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor | None,
+    text_kv: Tensor | None,
+    qkv_tangent: Tensor | None,
+    text_kv_tangent: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """q [B, L, heads, d], k and v [B, L + M, heads, d], and a tangent of each; no tangent is a zero one."""
+    q, k, v = qkv.unbind(2)
+    dq, dk, dv = (None, None, torch.zeros_like(v)) if qkv_tangent is None else qkv_tangent.unbind(2)
+    queries: tuple[Tensor, ...] = _norm_jvp(q, dq, q_weight, eps)
+    keys: tuple[Tensor, ...] = _norm_jvp(k, dk, k_weight, eps)
+    values: tuple[Tensor, ...] = (v, dv)
+    if rope is not None:
+        queries, keys = (tuple(rotate(x, rope) for x in pair) for pair in (queries, keys))
+    if text_kv is not None:
+        text_k, text_v = text_kv.unbind(2)
+        more = (None, torch.zeros_like(text_v)) if text_kv_tangent is None else text_kv_tangent.unbind(2)
+        pairs = zip(keys, _norm_jvp(text_k, more[0], k_weight, eps), strict=True)
+        keys = tuple(torch.cat(pair, dim=1) for pair in pairs)
+        values = tuple(torch.cat(pair, dim=1) for pair in zip(values, (text_v, more[1]), strict=True))
+    found = zip(queries, keys, values, strict=True)
+    return tuple(t.to(qkv.dtype).clone(memory_format=torch.contiguous_format) for each in found for t in each)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pixnerd_kernels import backends
-from pixnerd_kernels.checks import Problems
+from pixnerd_kernels.checks import Problems, check_tangents
 from pixnerd_kernels.ops.dtypes import autocast
 from pixnerd_kernels.ops.library import (
     Passed,
@@ -21,6 +21,7 @@ from pixnerd_kernels.ops.library import (
     register,
     register_autograd,
     register_gradients,
+    register_jvp,
 )
 from pixnerd_kernels.ops.native import fresh
 from pixnerd_kernels.ops.swiglu import reference
@@ -40,8 +41,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         [..., F] in gate's dtype, contiguous. float32 and float64 compute in their own dtype, bfloat16 and float16 in
         float32 with one rounding.
 
-    Gradients flow to both. Saved for backward: the inputs. Derivatives of higher order, forward mode and the
-    transforms of torch.func run on the reference. Under autocast the inputs are cast to the autocast dtype first.
+    Gradients flow to both. Saved for backward: the inputs. Tangents (forward mode) are computed with the value in one
+    pass. Derivatives of higher order and the other transforms of torch.func run on the reference. Under autocast the
+    inputs are cast to the autocast dtype first.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -136,6 +138,32 @@ def _packed_backward_formula(grad: Tensor, x: Tensor, forced: str) -> Tensor:
     return torch.cat(reference.gradients(grad, *_halves(x)), dim=1)
 
 
+def _jvp(gate, up, gate_tangent, up_tangent, forced):  # type: ignore[no-untyped-def]
+    check_tangents(gate=(gate, gate_tangent), up=(up, up_tangent))
+    return _backend(gate, forced).jvp(gate, up, gate_tangent, up_tangent)
+
+
+def _packed_jvp(x: Tensor, x_tangent: Tensor, forced: str) -> Any:
+    check_tangents(x=(x, x_tangent))
+    return _jvp(*_halves(x), *_halves(x_tangent), forced)
+
+
+def _with_tangents(jvp, arguments, tangents):  # type: ignore[no-untyped-def]
+    return jvp(*arguments[:2], *tangents[:2], *arguments[2:])
+
+
+def _packed_with_tangents(jvp, arguments, tangents):  # type: ignore[no-untyped-def]
+    return jvp(arguments[0], tangents[0], arguments[1])
+
+
+def _value_gradients(grad, needs, gate, up, *arguments):  # type: ignore[no-untyped-def]
+    return gradients("swiglu_backward", _backward, grad, gate, up, arguments[-1])
+
+
+def _packed_value_gradients(grad, needs, x, *arguments):  # type: ignore[no-untyped-def]
+    return (gradients("swiglu_packed_backward", _packed_backward, grad, x, arguments[-1]),)
+
+
 register("swiglu(Tensor gate, Tensor up, str forced) -> Tensor", _forward, lambda gate, *rest: _empty(gate))
 register(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up, str forced) -> Tensor[]",
@@ -151,6 +179,16 @@ register(
     "swiglu_packed_backward(Tensor grad, Tensor x, str forced) -> Tensor",
     _packed_backward,
     lambda grad, x, forced: _empty(x),
+)
+register(
+    "swiglu_jvp(Tensor gate, Tensor up, Tensor? gate_tangent, Tensor? up_tangent, str forced) -> (Tensor, Tensor)",
+    _jvp,
+    lambda gate, *rest: (_empty(gate), _empty(gate)),
+)
+register(
+    "swiglu_packed_jvp(Tensor x, Tensor x_tangent, str forced) -> (Tensor, Tensor)",
+    _packed_jvp,
+    lambda x, *rest: tuple(x.new_empty(x.shape[0], x.shape[1] // 2) for _ in range(2)),
 )
 
 
@@ -180,7 +218,9 @@ class _SwigluPacked(torch.autograd.Function):
         return found, None, None
 
 
-register_autograd("swiglu", _Swiglu.apply, by_reference(_forward))
-register_autograd("swiglu_packed", _SwigluPacked.apply, by_reference(_packed_forward))
+register_autograd("swiglu", _Swiglu.apply, by_reference(_forward), _with_tangents)
+register_autograd("swiglu_packed", _SwigluPacked.apply, by_reference(_packed_forward), _packed_with_tangents)
 register_gradients("swiglu_backward", _backward_formula)
 register_gradients("swiglu_packed_backward", _packed_backward_formula)
+register_jvp("swiglu", by_reference(_jvp), _value_gradients)
+register_jvp("swiglu_packed", by_reference(_packed_jvp), _packed_value_gradients)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pixnerd_kernels.backends import native
 from pixnerd_kernels.checks import describe
-from pixnerd_kernels.ops.native import DTYPES, Strided, dense_rows, fresh
+from pixnerd_kernels.ops.native import ABSENT, DTYPES, Strided, dense_rows, fresh
 
 
 def _rows(tensor: Tensor) -> Strided:
@@ -51,3 +51,17 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tenso
         call, alive = _call(gate, up)
         native().swiglu_backward(call, _rows(grad), _rows(d_gate), _rows(d_up))
         del alive
+
+
+def jvp(
+    gate: Tensor, up: Tensor, gate_tangent: Tensor | None, up_tangent: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """silu(gate) * up and its tangent in gate's dtype, contiguous; no tangent is a zero one."""
+    out, tangent = (fresh(torch.empty_like(gate, memory_format=torch.contiguous_format)) for _ in range(2))
+    if out.numel():
+        call, alive = _call(gate, up)
+        along = [None if t is None else dense_rows(t) for t in (gate_tangent, up_tangent)]
+        moving = (ABSENT if t is None else _rows(t) for t in along)
+        native().swiglu_jvp(call, *moving, _rows(out), _rows(tangent))
+        del alive
+    return out, tangent

@@ -48,6 +48,28 @@ def swiglu_tiles(
         store_tile(out, row, out_row, column, rows, COLUMNS, silu * u.to(tl.float32), EMULATE)
 
 
+@triton.jit
+def swiglu_jvp(
+    gate, up, d_gate, d_up, out, d_out, rows, gate_row, up_row, d_gate_row, d_up_row,
+    COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    GATE_MOVES: tl.constexpr, UP_MOVES: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """out [rows, COLUMNS] and its tangent d_out, dense, from d_gate and d_up where these move."""
+    blocks = (COLUMNS + BLOCK_C - 1) // BLOCK_C
+    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    z = load_tile(gate, row, gate_row, column, rows, COLUMNS).to(tl.float32)
+    u = load_tile(up, row, up_row, column, rows, COLUMNS).to(tl.float32)
+    silu, slope = activate_with_slope(z, "silu", False)
+    tangent = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    if GATE_MOVES:
+        tangent += load_tile(d_gate, row, d_gate_row, column, rows, COLUMNS).to(tl.float32) * u * slope
+    if UP_MOVES:
+        tangent += silu * load_tile(d_up, row, d_up_row, column, rows, COLUMNS).to(tl.float32)
+    store_tile(out, row, COLUMNS, column, rows, COLUMNS, silu * u, EMULATE)
+    store_tile(d_out, row, COLUMNS, column, rows, COLUMNS, tangent, EMULATE)
+
+
 @functools.lru_cache(maxsize=256)
 def _plan(rows: int, columns: int) -> tuple[tuple[int], int, int]:
     """The grid, and rows and columns of a tile: as wide as pads the columns by an eighth at most."""
@@ -82,6 +104,27 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     _run(dense_rows(gate), dense_rows(up), 0, gate.shape[1], None, out, out)
     return out
+
+
+def jvp(
+    gate: Tensor, up: Tensor, gate_tangent: Tensor | None, up_tangent: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """silu(gate) * up and its tangent in gate's dtype, contiguous; no tangent is a zero one."""
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        raise ValueError(f"up: expected {list(gate.shape)} {gate.dtype}, got {describe(up)}")
+    rows, columns = gate.shape
+    out, d_out = (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
+    gate, up = dense_rows(gate), dense_rows(up)
+    d_gate, d_up = (gate if t is None else dense_rows(t) for t in (gate_tangent, up_tangent))
+    grid, block_r, block_c = _plan(rows, columns)
+    launch(
+        swiglu_jvp, grid, gate.device, _OPTIONS,
+        gate=gate, up=up, d_gate=d_gate, d_up=d_up, out=out, d_out=d_out, rows=rows,
+        gate_row=gate.stride(0), up_row=up.stride(0), d_gate_row=d_gate.stride(0), d_up_row=d_up.stride(0),
+        COLUMNS=columns, BLOCK_R=block_r, BLOCK_C=block_c,
+        GATE_MOVES=gate_tangent is not None, UP_MOVES=up_tangent is not None, EMULATE=emulates(gate.dtype),
+    )  # fmt: skip
+    return out, d_out
 
 
 def backward(grad: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pixnerd_kernels.patching.rules.neural_field import FieldFormula
 
@@ -32,7 +31,11 @@ def _rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     def run(h: Tensor) -> Tensor:
         return F.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
 
-    out: Tensor = checkpoint(run, hidden, use_reentrant=False) if torch.is_grad_enabled() else run(hidden)
+    if not torch.is_grad_enabled():
+        return run(hidden)
+    from torch.utils.checkpoint import checkpoint  # an older torch loads SymPy with it, which takes a second
+
+    out: Tensor = checkpoint(run, hidden, use_reentrant=False)
     return out
 
 

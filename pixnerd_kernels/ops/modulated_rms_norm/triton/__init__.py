@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,10 @@ from pixnerd_kernels.ops.gpu.launch import (
     target_of,
 )
 from pixnerd_kernels.ops.modulated_rms_norm.triton import kernels
+from pixnerd_kernels.ops.modulated_rms_norm.triton import tangents as tangent_kernels
 
 #: Numbers of a tile of the forward, at four warps; in the interpreter a program costs what its entries do not.
-_TILE, _TILE_INTERPRETED = 8192, 32768
+_TILE, _TILE_OF_TANGENTS, _TILE_INTERPRETED = 8192, 4096, 32768
 #: Tokens that a program of the backward loads at a time: of two tensors, and of more.
 _TOKENS, _TOKENS_OF_MORE = 4, 2
 #: Warps of the backward that a processor holds.
@@ -48,9 +50,9 @@ def _split(columns: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=256)
-def _forward_plan(tokens: int, columns: int) -> _Plan:
+def _forward_plan(tokens: int, columns: int, largest: int = _TILE) -> _Plan:
     head, tail = _split(columns)
-    tile = _TILE_INTERPRETED if interpreting() else _TILE
+    tile = _TILE_INTERPRETED if interpreting() else largest
     block_l = max(1, min(power_of_two(tile // (head + tail) + 1) // 2, power_of_two(tokens)))
     # Rows of more than a tile take more warps.
     return _Plan(block_l, head, tail, Options(min(32, max(4, 4 * power_of_two(head + tail) // tile))))
@@ -131,6 +133,47 @@ def run_forward(
     return z, out
 
 
+def run_jvp(
+    x: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    y: Tensor | None,
+    gate: Tensor | None,
+    tangents: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """What `run_forward` returns, and behind it their tangents, from those of x, y, gate, shift and scale."""
+    _check(x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale})
+    batch, tokens, columns = x.shape
+    z, out, dz, d_out = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if there else None
+        for there in (y is not None, weight is not None) * 2
+    )
+    plan = _forward_plan(tokens, columns, _TILE_OF_TANGENTS)
+    pointers: dict[str, Tensor] = {}
+    strides: dict[str, int] = {}
+    moving = dict(zip(("dx", "dy", "d_gate", "d_shift", "d_scale"), tangents, strict=True))
+    rows = {"gate": gate, "shift": shift, "scale": scale}
+    for name, tensor in ({"x": x, "y": y} | rows | moving).items():
+        pointers[name], strides[f"{name}_batch"], token = _dense(tensor, x)
+        if name in ("x", "y", "dx", "dy"):
+            strides[f"{name}_token"] = token
+    launch(
+        tangent_kernels.modulated_rms_norm_jvp, (batch * ceil_div(tokens, plan.block_l),), x.device, plan.options,
+        **pointers, weight=x if weight is None else weight,
+        z=x if z is None else z, out=x if out is None else out,
+        dz=x if dz is None else dz, d_out=x if d_out is None else d_out,
+        eps=eps, **strides, weight_step=0 if weight is None else weight.stride(0),
+        tokens=tokens, COLUMNS=columns, BLOCK_L=plan.block_l, HEAD=plan.head, TAIL=plan.tail,
+        RESIDUAL=y is not None, NORM=weight is not None, SHIFT=shift is not None, SCALE=scale is not None,
+        **{f"{name.upper()}_MOVES": moving[d] is not None for name, d in zip("xy", ("dx", "dy"), strict=True)},
+        **{f"{name.upper()}_MOVES": moving[f"d_{name}"] is not None for name in rows},
+        EMULATE=emulates(x.dtype),
+    )  # fmt: skip
+    return z, out, dz, d_out
+
+
 def run_backward(
     grad_z: Tensor | None,
     grad: Tensor | None,
@@ -201,3 +244,18 @@ def backward(
     """Gradients of x, weight, shift and scale (None where absent), contiguous."""
     dx, _, _, *others = run_backward(None, grad, x, weight, shifted, scale, eps, None, None)
     return dx, *others
+
+
+def jvp(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    x_tangent: Tensor | None,
+    shift_tangent: Tensor | None,
+    scale_tangent: Tensor | None,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    """out [B, L, D] and its tangent in x's dtype, contiguous; no tangent is a zero one."""
+    moving = (x_tangent, None, None, shift_tangent, scale_tangent)
+    return run_jvp(x, weight, shift, scale, eps, None, None, moving)[1::2]
