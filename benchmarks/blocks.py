@@ -53,6 +53,10 @@ class ModulatedRMSNorm:
         """Per element: square, add, three products and a sum; backward about twice that, and the norm again."""
         return (6 + (12 + 3 * recompute if training else 0)) * _elements(shape)
 
+    def tangent_flops(self, shape: Shape, recompute: bool) -> int:
+        """Per element: product and sum of x and its tangent, two terms of n's, three products and two sums."""
+        return 9 * _elements(shape)
+
 
 @dataclass(frozen=True)
 class GatedResidualNorm:
@@ -79,6 +83,10 @@ class GatedResidualNorm:
     def flops(self, shape: Shape, training: bool, recompute: bool) -> int:
         """As the norm, and the product and the sum of the residual."""
         return (8 + (16 + 3 * recompute if training else 0)) * _elements(shape)
+
+    def tangent_flops(self, shape: Shape, recompute: bool) -> int:
+        """Per element: as the norm, and two products and two sums of the residual."""
+        return 13 * _elements(shape)
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,10 @@ class QkNormRope:
         elements = 2 * shape["B"] * shape["H"] * shape["W"] * shape["heads"] * shape["d"]
         return (7 + (14 + 3 * recompute if training else 0)) * elements
 
+    def tangent_flops(self, shape: Shape, recompute: bool) -> int:
+        """Per element: of q and k product and sum of both, two terms of n's, a product, and three for the rotation."""
+        return 8 * 2 * shape["B"] * shape["H"] * shape["W"] * shape["heads"] * shape["d"]
+
 
 @dataclass(frozen=True)
 class Swiglu:
@@ -144,3 +156,7 @@ class Swiglu:
     def flops(self, shape: Shape, training: bool, recompute: bool) -> int:
         """Per element: the exponential as one, add, divide, two products; backward twice that."""
         return (5 + (10 + 3 * recompute if training else 0)) * _elements(shape)
+
+    def tangent_flops(self, shape: Shape, recompute: bool) -> int:
+        """Per element: four for silu's slope, three products and a sum."""
+        return 8 * _elements(shape)

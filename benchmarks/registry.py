@@ -244,6 +244,25 @@ _ALL: list[Case] = [
     *_both("gated_residual_rms_norm", blocks.GatedResidualNorm(), _TOKENS, _TOKENS_SMOKE),
     *_both("qk_norm_rope", blocks.QkNormRope(), _HEADS, _HEADS_SMOKE),
     *_both("swiglu", blocks.Swiglu(), {**_TOKENS, "D": 3072}, _TOKENS_SMOKE),
+    *_both(
+        "modulated_rms_norm-tangent",
+        tangents.Tangent(blocks.ModulatedRMSNorm(), ("x", "shift", "scale")),
+        _TOKENS,
+        _TOKENS_SMOKE,
+    ),
+    *_both(
+        "gated_residual_rms_norm-tangent",
+        tangents.Tangent(blocks.GatedResidualNorm(), ("x", "y", "gate", "shift", "scale")),
+        _TOKENS,
+        _TOKENS_SMOKE,
+    ),
+    *_both("qk_norm_rope-tangent", tangents.Tangent(blocks.QkNormRope(), ("qkv",)), _HEADS, _HEADS_SMOKE),
+    *_both(
+        "swiglu-tangent",
+        tangents.Tangent(blocks.Swiglu(), ("gate", "up")),
+        {**_TOKENS, "D": 3072},
+        _TOKENS_SMOKE,
+    ),
     Case(
         "coordinate_encoding-forward",
         CoordinateEncoding(),

@@ -16,15 +16,21 @@ PREFIX = "tangent of "
 
 @dataclass(frozen=True)
 class Tangent:
-    """`torch.func.jvp` of another op along the inputs `moving`: its value, and its tangent without a graph.
+    """`torch.func.jvp` of another op along the inputs `moving`: its values, and their tangents without a graph.
 
-    In training gradients are those of the value: the tangent is part of a target.
+    In training gradients are those of the values: the tangents are part of a target.
     """
 
     op: Any
     moving: tuple[str, ...]
-    results: int = 2
-    differentiable: int = 1
+
+    @property
+    def differentiable(self) -> int:
+        return int(self.op.results)
+
+    @property
+    def results(self) -> int:
+        return 2 * self.differentiable
 
     @property
     def name(self) -> str:
@@ -51,14 +57,14 @@ class Tangent:
     def _both(self, compute: Any, shape: Shape, tensors: Tensors, dtype: torch.dtype) -> Results:
         inputs = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
 
-        def run(*values: Tensor) -> Tensor:
+        def run(*values: Tensor) -> tuple[Tensor, ...]:
             moved = dict(zip(self.moving, values, strict=True))
-            out: Tensor = compute(shape, {**inputs, **moved}, dtype)
-            return out
+            out: Results = compute(shape, {**inputs, **moved}, dtype)
+            return (out,) if isinstance(out, Tensor) else tuple(out)
 
         values = tuple(tensors[name] for name in self.moving)
-        value, tangent = torch.func.jvp(run, values, tuple(tensors[PREFIX + name] for name in self.moving))
-        return value, tangent.detach()
+        found, along = torch.func.jvp(run, values, tuple(tensors[PREFIX + name] for name in self.moving))
+        return (*found, *(tangent.detach() for tangent in along))
 
     def flops(self, shape: Shape, training: bool, recompute: bool) -> int:
         return int(self.op.flops(shape, training, recompute) + self.op.tangent_flops(shape, recompute))

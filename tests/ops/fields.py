@@ -21,6 +21,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 Tensors = dict[str, Tensor]
 
 
+def _norm_at_eps() -> float:
+    """The least norm, in eps, that F.normalize differentiates: 1 up to torch 2.13, from 2.14 on what is above it."""
+    tie = torch.tensor(0.25, requires_grad=True)
+    (slope,) = torch.autograd.grad(tie.clamp_min(0.25), tie)
+    return 1.0 if slope else 1.0 + 2**-20
+
+
+AT_LEAST_EPS = _norm_at_eps()
+
+
 def drawn(*shape: int, generator: torch.Generator) -> Tensor:
     """Normal numbers in float64, the same on every device, on torch's default one."""
     numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from fields import (
     ALL,
+    AT_LEAST_EPS,
     FLOATS,
     Case,
     assert_case_within,
@@ -222,7 +223,7 @@ def test_clamped_columns(backend, gated):
         w[:, :, 1] *= 0.0
         w[:, :, 2] *= 0.125
         unit = torch.zeros(w.shape[1])
-        unit[3] = case.weight_eps
+        unit[3] = case.weight_eps * AT_LEAST_EPS
         w[:, :, 3] = unit
         w[:, :, 4] *= 0.2499
     out = results(lambda **leaves: fused_field(case, **leaves), tensors, upstream)

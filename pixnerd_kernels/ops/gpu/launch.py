@@ -94,7 +94,7 @@ _known: dict[int, _Known] = {}
 _MOST_VARIANTS = 4096
 #: Whether this is one of the Tritons whose launcher is called as `_launch` does, and whose Gluon is written here. All
 #: others launch by themselves and run the kernels that are not in Gluon.
-KNOWN_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
+KNOWN_TRITON = triton.__version__.startswith(("3.6.", "3.7.", "3.8."))
 _RUN = JITFunction.run
 
 
