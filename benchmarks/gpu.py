@@ -75,6 +75,13 @@ def _cases() -> list[Case]:
             ("residual-bf16", blocks.GatedResidualNorm(), _TOKENS, {"B": 2}),
             ("rope-bf16", blocks.QkNormRope(), _HEADS, {"B": 2}),
             ("swiglu-bf16", blocks.Swiglu(), {**_TOKENS, "D": 3072}, {"B": 2}),
+            (
+                "residual-tangent-bf16",
+                Tangent(blocks.GatedResidualNorm(), ("x", "y", "gate", "shift", "scale")),
+                _TOKENS,
+                {"B": 2},
+            ),
+            ("rope-tangent-bf16", Tangent(blocks.QkNormRope(), ("qkv",)), _HEADS, {"B": 2}),
         ):
             if training or "saving" not in name:
                 cases.append(Case(f"{name}-{end}", op, training, shape, {**shape, **small}, torch.bfloat16))  # type: ignore[arg-type]

@@ -60,7 +60,9 @@ if "$python" -c 'import pytest' 2>/dev/null; then
     -k "triton and not opcheck" & pids+=($!)
   step tests_layers 120 "${pytest[@]}" tests/nn/test_feed_forward.py & pids+=($!)
   step tests_blocks 240 "${pytest[@]}" tests/ops/test_{modulated_rms_norm,gated_residual,qk_norm_rope,swiglu}.py \
-    -k "triton and not opcheck" & pids+=($!)
+    -k "triton and not opcheck and not tangents" & pids+=($!)
+  step tests_blocks_jvp 240 "${pytest[@]}" tests/ops/test_{modulated_rms_norm,gated_residual,qk_norm_rope,swiglu}.py \
+    -k "triton and tangents and not opcheck" & pids+=($!)
   step tests_decoder 300 "${pytest[@]}" tests/ops/test_pixel_decoder.py -k "triton and not every_chunking" & pids+=($!)
   step tests_chunks 300 "${pytest[@]}" tests/ops/test_pixel_decoder.py -k "triton and every_chunking" & pids+=($!)
   step tests_golden 300 "${pytest[@]}" tests/ops/test_pixel_decoder_golden.py -k triton & pids+=($!)

@@ -53,6 +53,28 @@ def test_a_meanflow_step(monkeypatch):
     model(x, t, y).sum().backward()  # without any transform
 
 
+@families
+def test_tangents_keep_little_for_backward(config):
+    """Twice what an ordinary step keeps: each op its inputs, and their tangents for a tangent's own gradients."""
+    model, y = randomised(config), conditions(config, 2)
+    x, t = torch.randn(2, config.in_channels, 16, 16), torch.rand(2)
+
+    def kept(run):
+        """Bytes that are there after it, while its results and their graph are alive."""
+        run()  # tables that stay
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            results = run()
+        events = profile.profiler.kineto_results.events()
+        assert results is not None
+        return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+    alone = kept(lambda: model(x, t, y))
+    both = kept(lambda: torch.func.jvp(lambda x, t: model(x, t, y), (x, t), (x, t)))
+    assert alone < both < 2.5 * alone
+
+
 def test_tangents_compile_as_one_graph():
     model, y = randomised(), torch.tensor([0, 1])
     x, t = torch.randn(2, 1, 8, 12), torch.rand(2)
