@@ -17,14 +17,21 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def check_tangents(**pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
+def check_tangents(
+    names: Sequence[str], values: Sequence[torch.Tensor | None], tangents: Sequence[torch.Tensor | None]
+) -> None:
     """Check that every tangent (None: there is none) has the shape, dtype and device of its value.
 
     Of ops that only the dispatcher and the package itself call.
     """
-    for name, (value, tangent) in pairs.items():
-        if tangent is not None and describe(tangent) != describe(value):
-            raise ValueError(f"tangent of {name}: expected {describe(value)}, got {describe(tangent)}")
+
+    def kind(tensor: torch.Tensor | None) -> tuple[object, ...]:
+        return () if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+    for name, value, tangent in zip(names, values, tangents, strict=True):
+        if tangent is not None and kind(tangent) != kind(value):
+            expected = "none, as it has no value" if value is None else describe(value)
+            raise ValueError(f"tangent of {name}: expected {expected}, got {describe(tangent)}")
 
 
 class Problems:

@@ -57,7 +57,7 @@ def register_autograd(
             return apply(*args)
         if with_tangents is not None and (level := _forward_mode(args)):
             values, tangents = _take_apart(args)
-            if _kernels_may_take(level, _tensors((values, tangents))):
+            if _kernels_may_take(level, _tensors((values, tangents))) and _same_dtypes(values, tangents):
                 found = with_tangents(functools.partial(_jvp, f"{name}_jvp", level), values, tangents)
                 if found is not None:
                     return found
@@ -76,9 +76,13 @@ def _forward_mode(args: Any) -> int:
     torch.func.jvp makes them."""
     if not torch._C._are_functorch_transforms_active():
         return _EAGER
+    return _FUNCTIONAL if forward_mode_alone() and _any_tangent(args) else 0
+
+
+def forward_mode_alone() -> bool:
+    """Whether torch.func.jvp is the one transform that is active."""
     stack = torch._C._functorch.get_interpreter_stack() or []
-    alone = [level.key() for level in stack] == [torch._C._functorch.TransformType.Jvp]
-    return _FUNCTIONAL if alone and _any_tangent(args) else 0
+    return [level.key() for level in stack] == [torch._C._functorch.TransformType.Jvp]
 
 
 def _kernels_may_take(level: int, tensors: Sequence[torch.Tensor]) -> bool:
@@ -93,6 +97,12 @@ def _kernels_may_take(level: int, tensors: Sequence[torch.Tensor]) -> bool:
         return False
     recorded = level == _FUNCTIONAL or torch.is_grad_enabled()
     return not (recorded and any(tensor.requires_grad for tensor in tensors))
+
+
+def _same_dtypes(values: Any, tangents: Any) -> bool:
+    """Whether every tangent has its value's dtype; PyTorch's own functions promote what has not."""
+    pairs = zip(tree_leaves(values), tree_leaves(tangents), strict=True)
+    return all(tangent is None or tangent.dtype == value.dtype for value, tangent in pairs)
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

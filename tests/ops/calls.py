@@ -277,13 +277,16 @@ class Matrix:
 
     def test_tangents_of_one_alone(self, backend, call):
         for name in call.moving():
+            before = backend.calls.total()
             out = call.tangents(call.op, call.inputs(), call.along(names=(name,)))
+            assert bool(backend.calls.total() - before) == backend.compiled
             assert_within(out, *expected_tangents(call, torch.float32, (name,)))
 
     @pytest.mark.parametrize("layout", [spread, sparse], ids=lambda layout: layout.__name__)
     def test_strided_tangents(self, backend, call, layout):
         each = ({name: layout(t) for name, t in tensors.items()} for tensors in (call.inputs(), call.along()))
         out = call.tangents(call.op, *each)
+        assert any(name.endswith("_jvp") for name in backend.calls) == backend.compiled
         assert_within(out, *expected_tangents(call, torch.float32))
 
     def test_only_the_results_of_tangents_are_written(self, backend, call, monkeypatch):
@@ -301,6 +304,7 @@ class Matrix:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             values, _ = call.jvp(lambda **tensors: call.op(**(tensors | constants)), leaves, along)
         own = {t.data_ptr() for t in (*leaves.values(), *along.values(), *constants.values())}
+        assert kept
         assert {t.data_ptr() for t in kept} <= own
         found = torch.autograd.grad(values, tuple(leaves.values()), tuple(upstream.values()))
         expected = call.results(call.op, tensors, upstream)
@@ -336,6 +340,28 @@ class Matrix:
             call.tangents(call.op, call.inputs(), call.along())
         (jvp,) = [seen for seen in recorder.seen if seen[0].name().endswith("_jvp")]
         torch.library.opcheck(jvp[0], jvp[1])
+
+    def test_tangents_of_another_dtype(self, any_isa, first):
+        """As PyTorch's own functions take them."""
+        any_isa.may_idle = True
+        wide = {name: tensor.double() for name, tensor in first.along().items()}
+        out, plain = (first.tangents(f, first.inputs(), wide) for f in (first.op, first.plain))
+        for name, tensor in out.items():
+            torch.testing.assert_close(tensor, plain[name], check_dtype=False, rtol=1e-4, atol=1e-5)
+
+    def test_strides_of_tangents_alone(self, any_isa, first):
+        """The op itself, whose tangents lie in memory as they please, amid NaN, beside dense values."""
+        with _Recorder() as recorder:
+            first.tangents(first.op, first.inputs(), first.along())
+        (jvp,) = [seen for seen in recorder.seen if seen[0].name().endswith("_jvp")]
+        named = [argument.name for argument in jvp[0]._schema.arguments]
+        for layout in (spread, sparse):
+            moved = [
+                layout(value) if name.endswith("_tangent") and value is not None else value
+                for name, value in zip(named, jvp[1], strict=True)
+            ]
+            for own, dense in zip(jvp[0](*moved), jvp[0](*jvp[1]), strict=True):
+                assert torch.equal(own, dense)
 
     def test_tangents_that_do_not_fit(self, any_isa, first):
         any_isa.may_idle = True

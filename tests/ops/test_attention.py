@@ -8,6 +8,7 @@ import pytest
 import torch
 from derivatives import KINDS, assert_derivatives
 from tolerance import assert_within
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixnerd_kernels.ops.attention import (
@@ -306,10 +307,21 @@ def drawn(dtype=torch.float32):
 def test_tangents(monkeypatch, names, mask, bytes_at_once):
     """In parts of one row of queries, of several, of one image, and of all."""
     monkeypatch.setattr(tangents, "_BYTES", bytes_at_once)
+    compute, logits = tangents._rows_jvp, []
+
+    def watched(q, k, *rest):
+        logits.append(4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
+        return compute(q, k, *rest)
+
+    monkeypatch.setattr(tangents, "_rows_jvp", watched)
     tensors, along = drawn()
     mask = MASKS[mask] and MASKS[mask]()
     along = {name: along[name] for name in names}
     out = moved(attention, tensors, along, mask=mask)
+    row = 4 * 3 * 7
+    assert max(logits) <= max(bytes_at_once, row)
+    assert sum(logits) == 2 * 5 * row
+    assert len(logits) < 10 or bytes_at_once < 2 * row
     wide = [{name: t.double() for name, t in each.items()} for each in (tensors, along)]
     exact = moved(
         masked_formula, *wide, mask=mask.double() if mask is not None and mask.is_floating_point() else mask
@@ -368,6 +380,31 @@ def test_gradients_beside_tangents_save_the_inputs_alone():
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
 
 
+def test_a_row_without_keys_has_no_gradients():
+    """Neither of the value nor of the tangent, for which torch's formula has NaN."""
+    torch.manual_seed(0)
+    x, along = torch.randn(2, 2, 5, 2, 8, dtype=torch.float64)
+    mask = torch.rand(2, 1, 5, 5) > 0.4
+    mask[0, 0, 2] = False
+    found = []
+    for function in (attention, masked_formula):
+        leaf = x.clone().requires_grad_()
+        out = torch.func.jvp(lambda x, f=function: f(x, x, x, mask=mask), (leaf,), (along,))
+        found.append(torch.autograd.grad([out[0].sin().sum(), out[1].sin().sum()], leaf))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 7, 8), (2, 0, 7, 8), (2, 5, 0, 8), (2, 5, 7, 0)], ids=str)
+def test_tangents_of_nothing(shape):
+    batch, length, keys, size = shape
+    q, k = torch.randn(batch, length, 3, size), torch.randn(batch, keys, 3, size)
+    for mask in (None, torch.ones(length, keys, dtype=torch.bool)):
+        out, tangent = torch.func.jvp(lambda q, k, m=mask: attention(q, k, k, mask=m), (q, k), (q, k))
+        assert out.shape == tangent.shape == q.shape
+        assert torch.equal(out, attention(q, k, k, mask=mask))
+        assert not tangent.any()
+
+
 def test_one_tensor_as_all_three():
     x, along = torch.randn(2, 2, 5, 2, 8, dtype=torch.float64)
     x.requires_grad_()
@@ -409,17 +446,33 @@ def test_tangents_under_autocast():
 
 def test_tangents_compile():
     tensors, along = drawn()
-    compiled = torch.compile(moved, fullgraph=True, backend="aot_eager")
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    compiled = torch.compile(moved, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
     for found, eager in zip(
         compiled(attention, tensors, along), moved(attention, tensors, along), strict=True
     ):
         assert torch.equal(found, eager)
+    assert ["pixnerd.attention_jvp" in graph for graph in graphs] == [True]
 
 
 def test_what_has_no_tangent_stays_on_the_flash_kernel():
-    """Within a level of dual numbers too, such as a frozen model beside the one that is differentiated."""
+    """Beside what is differentiated, such as a frozen model: its logits are not kept either."""
     q = torch.randn(1, 5, 2, 8)
     with torch.autograd.forward_ad.dual_level():
         assert not _in_forward_mode(q, q, q)
         dual = torch.autograd.forward_ad.make_dual(q, q)
         assert _in_forward_mode(q, q, dual)
+    found = []
+
+    def beside(moving):
+        found.append((_in_forward_mode(q, q, q), _in_forward_mode(q, q, moving)))
+        return moving * attention(q, q, q)
+
+    _, tangent = torch.func.jvp(beside, (q,), (q,))
+    assert found == [(False, True)]
+    torch.testing.assert_close(tangent, q * attention(q, q, q))

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pixnerd_kernels.checks import Problems
 from pixnerd_kernels.ops.attention import flash, tangents
 from pixnerd_kernels.ops.dtypes import autocast, autocasts
-from pixnerd_kernels.ops.library import Passed, has_tangents, plain
+from pixnerd_kernels.ops.library import Passed, forward_mode_alone, has_tangents, plain
 
 #: In order of preference for tensors that flash kernels take; "sdpa" takes all others.
 BACKENDS = ("flash3", "flash4", "flash2", "sdpa")
@@ -39,12 +39,12 @@ def attention(
     Returns:
         [B, L, heads, d] in q's dtype.
 
-    Gradients flow to all of them. Tangents along q, k and v (forward mode) are computed with the value, some rows of
-    logits at a time; saved for backward are the inputs, and the value's gradients are those of torch's kernel. Flash
-    kernels have no second derivatives: in nested gradients of torch.func, unless they are compiled, and in those of
-    tangents, a formula is taken, which writes all logits to memory. For all other second derivatives
-    (torch.autograd.grad with create_graph) ask for torch's, as for its own function:
-    torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the forward.
+    Gradients flow to all of them. Tangents along q, k and v under torch.func.jvp are computed with the value, some rows
+    of logits at a time; saved for backward are inputs alone, and the value's gradients are those of torch's kernel.
+    Flash kernels have no second derivatives: in nested gradients of torch.func, unless they are compiled, in those of
+    tangents, and in dual numbers by hand of what requires gradients, a formula is taken, which writes all logits to
+    memory. For all other second derivatives (torch.autograd.grad with create_graph) ask for torch's, as for its own
+    function: torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the forward.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -65,8 +65,10 @@ def attention(
 
 
 def _in_forward_mode(*tensors: Tensor | None) -> bool:
-    """Whether a tensor may have a tangent."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Whether a tensor has a tangent, or may have one where a compiler or several transforms of torch.func look on."""
+    if torch.compiler.is_compiling():
+        return forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active() and not forward_mode_alone():
         return forward_ad._current_level >= 0
     return has_tangents(tensors)
 

@@ -10,8 +10,6 @@ q, k, v and the mask are saved; the value's gradients are those of torch's own k
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,15 +44,17 @@ def _rows_jvp(
     q_tangent: Tensor | None, k_tangent: Tensor | None, v_tangent: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Value and tangent, all [B, heads, rows, d] in the dtype computed in; out of place."""
-    scale = q.shape[-1] ** -0.5
+    scale = max(q.shape[-1], 1) ** -0.5
     q = q * scale
     logits = q @ k.mT
-    if mask is not None:
+    if mask is None:
+        p = logits.softmax(-1)
+    else:
         mask = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
         logits = logits + mask.to(logits.dtype)
-    p = logits.softmax(-1)
-    if mask is not None:  # a row without keys is zero, as torch has it
-        p = torch.where(logits.amax(-1, keepdim=True) == -torch.inf, 0.0, p)
+        # A row without keys is zero, as torch has it, and so are its gradients.
+        empty = (logits == -torch.inf).all(-1, keepdim=True)
+        p = torch.where(empty, 0.0, torch.where(empty, 0.0, logits).softmax(-1))
     tangent = torch.zeros_like(p)
     if q_tangent is not None:
         tangent = (q_tangent * scale) @ k.mT
@@ -73,10 +73,9 @@ def _heads_first(tensor: Tensor | None, wide: torch.dtype) -> Tensor | None:
 
 
 def _jvp_formula(q, k, v, mask, *tangents):  # type: ignore[no-untyped-def]
-    wide = compute_dtype(q.dtype)
-    heads_first = functools.partial(_heads_first, wide=wide)
+    wide = [_heads_first(t, compute_dtype(q.dtype)) for t in (q, k, v, *tangents)]
     with torch._C._DisableAutocast():
-        found = _rows_jvp(*map(heads_first, (q, k, v)), mask, *map(heads_first, tangents))
+        found = _rows_jvp(*wide[:3], mask, *wide[3:])
     return tuple(t.transpose(1, 2).to(q.dtype).contiguous() for t in found)
 
 
@@ -90,21 +89,24 @@ def _part(mask: Tensor | None, images: slice, rows: slice) -> Tensor | None:
 
 
 def _jvp(q, k, v, mask, *tangents):  # type: ignore[no-untyped-def]
-    check_tangents(**dict(zip("qkv", zip((q, k, v), tangents, strict=True), strict=True)))
-    batch, length, heads, _ = q.shape
-    row = heads * k.shape[1] * compute_dtype(q.dtype).itemsize
-    at_once = max(1, _BYTES // max(row, 1))
+    check_tangents("qkv", (q, k, v), tangents)
+    wide, (batch, length, heads, _) = compute_dtype(q.dtype), q.shape
+    at_once = max(1, _BYTES // max(heads * k.shape[1] * wide.itemsize, 1))
     rows, images = max(1, min(length, at_once)), max(1, at_once // max(length, 1))
     out, out_tangent = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2))
     for first in range(0, batch, images):
         some = slice(first, first + images)
+        queries, keys, values, dq, *others = (
+            None if t is None else _heads_first(t[some], wide) for t in (q, k, v, *tangents)
+        )
         for start in range(0, length, rows):
             these = slice(start, start + rows)
-            queries, *keys = (None if t is None else t[some] for t in (q, k, v))
-            dq, dk, dv = (None if t is None else t[some] for t in tangents)
-            dq = None if dq is None else dq[:, these]
-            arguments = (queries[:, these], *keys, _part(mask, some, these), dq, dk, dv)
-            out[some, these], out_tangent[some, these] = _jvp_formula(*arguments)
+            moving = None if dq is None else dq[:, :, these]
+            with torch._C._DisableAutocast():
+                found = _rows_jvp(
+                    queries[:, :, these], keys, values, _part(mask, some, these), moving, *others
+                )
+            out[some, these], out_tangent[some, these] = (t.transpose(1, 2) for t in found)
     return out, out_tangent
 
 

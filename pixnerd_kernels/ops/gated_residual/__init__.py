@@ -41,9 +41,9 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         float32 with one rounding. B = 0 or L = 0 gives an empty result.
 
     Gradients flow to all three; x's is the incoming one itself. Saved for backward: y and gate. Deterministic: the
-    sum over tokens is added up in a fixed order. Tangents (forward mode) are computed with the value in one pass.
-    Derivatives of higher order and the other transforms of torch.func run on the reference. Under autocast all are
-    cast to the autocast dtype first.
+    sum over tokens is added up in a fixed order. Tangents under torch.func.jvp are computed with the value in one
+    pass, and inputs alone are saved. Derivatives of higher order, dual numbers by hand of what requires gradients and
+    the other transforms of torch.func run on the reference. Under autocast all are cast to the autocast dtype first.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -153,15 +153,14 @@ def _norm_backward(grad_z, grad, z, *arguments):  # type: ignore[no-untyped-def]
 
 def _jvp(x, y, gate, *arguments):  # type: ignore[no-untyped-def]
     *tangents, forced = arguments
-    check_tangents(**dict(zip(("x", "y", "gate"), zip((x, y, gate), tangents, strict=True), strict=True)))
+    check_tangents(("x", "y", "gate"), (x, y, gate), tangents)
     with torch._C._DisableAutocast():
         return _backend(x, forced).jvp(x, y, gate, *tangents)
 
 
 def _norm_jvp(x, y, gate, weight, shift, scale, *arguments):  # type: ignore[no-untyped-def]
     *tangents, eps, forced = arguments
-    values = {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale}
-    check_tangents(**dict(zip(values, zip(values.values(), tangents, strict=True), strict=True)))
+    check_tangents(("x", "y", "gate", "shift", "scale"), (x, y, gate, shift, scale), tangents)
     with torch._C._DisableAutocast():
         return _backend(x, forced).norm_jvp(x, y, gate, weight, shift, scale, *tangents, eps)
 

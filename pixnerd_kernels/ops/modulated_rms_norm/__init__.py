@@ -48,9 +48,10 @@ def modulated_rms_norm(
         float16 in float32 with one rounding. B = 0 or L = 0 gives an empty result.
 
     Gradients flow to x, weight, shift and scale. Saved for backward: x, weight and scale. Deterministic: the sums
-    over tokens are added up in a fixed order. Tangents along x, shift and scale (forward mode) are computed with the
-    value in one pass. Derivatives of higher order, tangents along weight and the other transforms of torch.func run
-    on the reference. Under autocast x, shift and scale are cast to the autocast dtype first (weight is not).
+    over tokens are added up in a fixed order. Tangents along x, shift and scale under torch.func.jvp are computed with
+    the value in one pass, and inputs alone are saved. Derivatives of higher order, tangents along weight, dual numbers
+    by hand of what requires gradients and the other transforms of torch.func run on the reference. Under autocast x,
+    shift and scale are cast to the autocast dtype first (weight is not).
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -136,8 +137,8 @@ def _backward(grad, x, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _jvp(x, weight, shift, scale, x_tangent, shift_tangent, scale_tangent, eps, forced):  # type: ignore[no-untyped-def]
-    check_tangents(x=(x, x_tangent), shift=(shift, shift_tangent), scale=(scale, scale_tangent))
     tangents = (x_tangent, shift_tangent, scale_tangent)
+    check_tangents(("x", "shift", "scale"), (x, shift, scale), tangents)
     with torch._C._DisableAutocast():
         return _backend(x, forced).jvp(x, weight, shift, scale, *tangents, eps)
 

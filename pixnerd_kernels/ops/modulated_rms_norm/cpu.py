@@ -12,6 +12,9 @@ from pixnerd_kernels.checks import describe
 from pixnerd_kernels.ops.dtypes import compute_dtype
 from pixnerd_kernels.ops.native import DTYPES, dense_rows, fresh, strided
 
+#: What may have a tangent.
+_MOVING = ("x", "y", "gate", "shift", "scale")
+
 
 def _norm(
     x: Tensor,
@@ -176,7 +179,3 @@ def run_jvp(
         )
         del alive
     return z, out, z_tangent, out_tangent
-
-
-#: What may have a tangent.
-_MOVING = ("x", "y", "gate", "shift", "scale")

@@ -258,7 +258,7 @@ def _packed_jvp(x, params, norm_weight, hidden, gated, x_tangent, params_tangent
     weights = matrices(params, x.shape[2], hidden, gated)
     tangents = [None] * 3
     if params_tangent is not None:
-        check_tangents(params=(params, params_tangent))
+        check_tangents(["params"], [params], [params_tangent])
         tangents = matrices(params_tangent, x.shape[2], hidden, gated)
     return _jvp(x, *weights, norm_weight, x_tangent, *tangents, *options)
 

@@ -54,8 +54,7 @@ def check_gradient(grad: Tensor, x: Tensor) -> None:
 def check_tangents(tensors: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> None:
     """Tangents of x, w1, w2 and w_gate have the shape, dtype and device of theirs; the weights have all or none, and
     something has one."""
-    names = ("x", "w1", "w2", "w_gate")
-    checks.check_tangents(**dict(zip(names, zip(tensors, tangents, strict=True), strict=True)))
+    checks.check_tangents(("x", "w1", "w2", "w_gate"), tensors, tangents)
     _, *weights = (
         tangent is None for tensor, tangent in zip(tensors, tangents, strict=True) if tensor is not None
     )

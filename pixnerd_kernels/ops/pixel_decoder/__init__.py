@@ -253,7 +253,7 @@ def _backward(grad, saved, needs, *arguments):  # type: ignore[no-untyped-def]
 def _jvp(image_tangent, hidden_tangent, *arguments):  # type: ignore[no-untyped-def]
     *arguments, _, forced = arguments
     call = _call(*arguments)
-    check_tangents(image=(call.image, image_tangent), hidden=(call.hidden, hidden_tangent))
+    check_tangents(("image", "hidden"), (call.image, call.hidden), (image_tangent, hidden_tangent))
     if image_tangent is None and hidden_tangent is None:
         raise ValueError("pixel_decoder_jvp: expected a tangent of image or hidden, got neither")
     with torch._C._DisableAutocast():

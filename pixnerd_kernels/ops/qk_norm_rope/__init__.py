@@ -57,9 +57,10 @@ def qk_norm_rope(
         their own dtype, bfloat16 and float16 in float32 with one rounding.
 
     Gradients flow to qkv, text_kv and the weights; that of qkv is written packed. Saved for backward: the inputs.
-    Deterministic: the sums over tokens are added up in a fixed order. Tangents along qkv and text_kv (forward mode)
-    are computed with the values in one pass. Derivatives of higher order, tangents along weights and the other
-    transforms of torch.func run on the reference. Under autocast qkv and text_kv are cast to the autocast dtype first.
+    Deterministic: the sums over tokens are added up in a fixed order. Tangents along qkv and text_kv under
+    torch.func.jvp are computed with the values in one pass, and inputs alone are saved. Derivatives of higher order,
+    tangents along weights, dual numbers by hand of what requires gradients and the other transforms of torch.func run
+    on the reference. Under autocast qkv and text_kv are cast to the autocast dtype first.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -133,8 +134,8 @@ def _backward(grad_q, grad_k, grad_v, qkv, *arguments):  # type: ignore[no-untyp
 
 
 def _jvp(qkv, q_weight, k_weight, rope, text_kv, qkv_tangent, text_kv_tangent, eps, forced):  # type: ignore[no-untyped-def]
-    check_tangents(qkv=(qkv, qkv_tangent), text_kv=(text_kv, text_kv_tangent))
     tangents = (qkv_tangent, text_kv_tangent)
+    check_tangents(("qkv", "text_kv"), (qkv, text_kv), tangents)
     with torch._C._DisableAutocast():
         return _backend(qkv, forced).jvp(qkv, q_weight, k_weight, rope, text_kv, *tangents, eps)
 

@@ -41,9 +41,10 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         [..., F] in gate's dtype, contiguous. float32 and float64 compute in their own dtype, bfloat16 and float16 in
         float32 with one rounding.
 
-    Gradients flow to both. Saved for backward: the inputs. Tangents (forward mode) are computed with the value in one
-    pass. Derivatives of higher order and the other transforms of torch.func run on the reference. Under autocast the
-    inputs are cast to the autocast dtype first.
+    Gradients flow to both. Saved for backward: the inputs. Tangents under torch.func.jvp are computed with the value
+    in one pass, and inputs alone are saved. Derivatives of higher order, dual numbers by hand of what requires
+    gradients and the other transforms of torch.func run on the reference. Under autocast the inputs are cast to the
+    autocast dtype first.
 
     Raises:
         TypeError, ValueError: every problem with the arguments at once.
@@ -139,12 +140,12 @@ def _packed_backward_formula(grad: Tensor, x: Tensor, forced: str) -> Tensor:
 
 
 def _jvp(gate, up, gate_tangent, up_tangent, forced):  # type: ignore[no-untyped-def]
-    check_tangents(gate=(gate, gate_tangent), up=(up, up_tangent))
+    check_tangents(("gate", "up"), (gate, up), (gate_tangent, up_tangent))
     return _backend(gate, forced).jvp(gate, up, gate_tangent, up_tangent)
 
 
 def _packed_jvp(x: Tensor, x_tangent: Tensor, forced: str) -> Any:
-    check_tangents(x=(x, x_tangent))
+    check_tangents("x", (x,), (x_tangent,))
     return _jvp(*_halves(x), *_halves(x_tangent), forced)
 
 

@@ -167,8 +167,7 @@ def run_jvp(
         eps=eps, **strides, weight_step=0 if weight is None else weight.stride(0),
         tokens=tokens, COLUMNS=columns, BLOCK_L=plan.block_l, HEAD=plan.head, TAIL=plan.tail,
         RESIDUAL=y is not None, NORM=weight is not None, SHIFT=shift is not None, SCALE=scale is not None,
-        **{f"{name.upper()}_MOVES": moving[d] is not None for name, d in zip("xy", ("dx", "dy"), strict=True)},
-        **{f"{name.upper()}_MOVES": moving[f"d_{name}"] is not None for name in rows},
+        **{f"{name.upper()}_GIVEN": tangent is not None for name, tangent in moving.items()},
         EMULATE=emulates(x.dtype),
     )  # fmt: skip
     return z, out, dz, d_out

@@ -18,8 +18,8 @@ def modulated_rms_norm_jvp(
     dx_batch, dx_token, dy_batch, dy_token, d_gate_batch, d_shift_batch, d_scale_batch, tokens,
     COLUMNS: tl.constexpr, BLOCK_L: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     RESIDUAL: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
-    X_MOVES: tl.constexpr, Y_MOVES: tl.constexpr, GATE_MOVES: tl.constexpr, SHIFT_MOVES: tl.constexpr,
-    SCALE_MOVES: tl.constexpr, EMULATE: tl.constexpr,
+    DX_GIVEN: tl.constexpr, DY_GIVEN: tl.constexpr, D_GATE_GIVEN: tl.constexpr, D_SHIFT_GIVEN: tl.constexpr,
+    D_SCALE_GIVEN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """z and dz where RESIDUAL, out and d_out where NORM, as `modulated_rms_norm_forward` has them.
 
@@ -32,18 +32,18 @@ def modulated_rms_norm_jvp(
     dense = image * tokens * COLUMNS
     head, tail = load_rows(x + image * x_batch, token, x_token, tokens, COLUMNS, HEAD, TAIL)
     d_head, d_tail = tl.zeros([BLOCK_L, HEAD], tl.float32), tl.zeros([BLOCK_L, TAIL], tl.float32)
-    if X_MOVES:
+    if DX_GIVEN:
         d_head, d_tail = load_rows(dx + image * dx_batch, token, dx_token, tokens, COLUMNS, HEAD, TAIL)
     if RESIDUAL:
         y_head, y_tail = load_rows(y + image * y_batch, token, y_token, tokens, COLUMNS, HEAD, TAIL)
         gate_head, gate_tail = load_row(gate + image * gate_batch, 1, COLUMNS, HEAD, TAIL)
         head += gate_head[None, :] * y_head
         tail += gate_tail[None, :] * y_tail
-        if GATE_MOVES:
+        if D_GATE_GIVEN:
             row_head, row_tail = load_row(d_gate + image * d_gate_batch, 1, COLUMNS, HEAD, TAIL)
             d_head += row_head[None, :] * y_head
             d_tail += row_tail[None, :] * y_tail
-        if Y_MOVES:
+        if DY_GIVEN:
             y_head, y_tail = load_rows(dy + image * dy_batch, token, dy_token, tokens, COLUMNS, HEAD, TAIL)
             d_head += gate_head[None, :] * y_head
             d_tail += gate_tail[None, :] * y_tail
@@ -60,12 +60,12 @@ def modulated_rms_norm_jvp(
         tail *= r
         d_head = (d_head - head * mean) * r * factor_head[None, :]
         d_tail = (d_tail - tail * mean) * r * factor_tail[None, :]
-        if SCALE_MOVES:
+        if D_SCALE_GIVEN:
             row_head, row_tail = load_row(d_scale + image * d_scale_batch, 1, COLUMNS, HEAD, TAIL)
             weight_head, weight_tail = load_row(weight, weight_step, COLUMNS, HEAD, TAIL)
             d_head += head * (weight_head * row_head)[None, :]
             d_tail += tail * (weight_tail * row_tail)[None, :]
-        if SHIFT_MOVES:
+        if D_SHIFT_GIVEN:
             row_head, row_tail = load_row(d_shift + image * d_shift_batch, 1, COLUMNS, HEAD, TAIL)
             d_head += row_head[None, :]
             d_tail += row_tail[None, :]

@@ -64,6 +64,19 @@ def norm_rotate(x, weight, angles, eps, CHANNELS: tl.constexpr, ROPE: tl.constex
 
 
 @triton.jit
+def norm_rotate_jvp(x, tangent, weight, angles, eps, CHANNELS: tl.constexpr, ROPE: tl.constexpr):
+    """`norm_rotate` of x, and its tangent from that of x."""
+    x, tangent = x.to(tl.float32), tangent.to(tl.float32)
+    r = tl.rsqrt(tl.sum(x * x, 1) / CHANNELS + eps)[:, None]
+    mean = (tl.sum(x * tangent, 1) / CHANNELS)[:, None]
+    tangent = (tangent - x * (r * r * mean)) * r * weight
+    x *= r * weight
+    if ROPE:
+        x, tangent = rotate(x, angles, False), rotate(tangent, angles, False)
+    return x, tangent
+
+
+@triton.jit
 def norm_rotate_grad(g, x, weight, angles, live, eps, CHANNELS: tl.constexpr, ROPE: tl.constexpr):
     """The gradient of x, and g n, whose sum over rows is the weight's."""
     g, x = g.to(tl.float32), x.to(tl.float32)
@@ -128,6 +141,48 @@ def qk_norm_rope_forward(
     k = norm_rotate(k, load_weight(k_weight, k_step, CHANNELS, WIDTH), angles, eps, CHANNELS, ROPE)
     store_heads(k_out, key, live, k, CHANNELS, WIDTH, EMULATE)
     store_heads(v_out, key, live, v, CHANNELS, WIDTH, EMULATE)
+
+
+@triton.jit
+def qk_norm_rope_jvp(
+    packed, tangents, q_weight, k_weight, rope, q_out, k_out, v_out, dq_out, dk_out, dv_out, eps,
+    batch_stride, token_stride, part_stride, head_stride,
+    d_batch_stride, d_token_stride, d_part_stride, d_head_stride, q_step, k_step, count, tokens, heads, keys, first,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, UNIT: tl.constexpr,
+    QUERY: tl.constexpr, ROPE: tl.constexpr, MOVES: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """As `qk_norm_rope_forward`, and the results' tangents from those of the projection, which MOVES or has none."""
+    head_blocks = tl.cdiv(heads, BLOCK_H)
+    image, token, head, live = places(
+        tl.program_id(0) // head_blocks, tl.program_id(0) % head_blocks, count, tokens, heads, BLOCK_T, BLOCK_H
+    )  # fmt: skip
+    at_q = image * batch_stride + token * token_stride + head * head_stride
+    at_k = at_q + part_stride if QUERY else at_q
+    along_q = image * d_batch_stride + token * d_token_stride + head * d_head_stride
+    along_k = along_q + d_part_stride if QUERY else along_q
+    key = ((image * keys + first + token) * heads + head) * CHANNELS
+    angles = 0.0
+    if ROPE:
+        angles = load_heads(rope, token * CHANNELS, live, CHANNELS, WIDTH).to(tl.float32)
+    if QUERY:
+        q = load_heads(packed, at_q * UNIT, live, CHANNELS, WIDTH)
+        dq = load_heads(tangents, along_q * UNIT, live & MOVES, CHANNELS, WIDTH)
+        weight = load_weight(q_weight, q_step, CHANNELS, WIDTH)
+        q, dq = norm_rotate_jvp(q, dq, weight, angles, eps, CHANNELS, ROPE)
+        query = ((image * tokens + token) * heads + head) * CHANNELS
+        store_heads(q_out, query, live, q, CHANNELS, WIDTH, EMULATE)
+        store_heads(dq_out, query, live, dq, CHANNELS, WIDTH, EMULATE)
+    k = load_heads(packed, at_k * UNIT, live, CHANNELS, WIDTH)
+    dk = load_heads(tangents, along_k * UNIT, live & MOVES, CHANNELS, WIDTH)
+    k, dk = norm_rotate_jvp(
+        k, dk, load_weight(k_weight, k_step, CHANNELS, WIDTH), angles, eps, CHANNELS, ROPE
+    )
+    store_heads(k_out, key, live, k, CHANNELS, WIDTH, EMULATE)
+    store_heads(dk_out, key, live, dk, CHANNELS, WIDTH, EMULATE)
+    v = load_heads(packed, (at_k + part_stride) * UNIT, live, CHANNELS, WIDTH)
+    dv = load_heads(tangents, (along_k + d_part_stride) * UNIT, live & MOVES, CHANNELS, WIDTH)
+    store_heads(v_out, key, live, v, CHANNELS, WIDTH, EMULATE)
+    store_heads(dv_out, key, live, dv, CHANNELS, WIDTH, EMULATE)
 
 
 @triton.jit
@@ -203,58 +258,3 @@ def qk_norm_rope_sums(
         tl.store(d_q + channel, narrow(result, d_q.dtype.element_ty, EMULATE), mask=channel < CHANNELS)
     else:
         tl.store(d_k + channel, narrow(result, d_k.dtype.element_ty, EMULATE), mask=channel < CHANNELS)
-
-
-@triton.jit
-def norm_rotate_jvp(x, tangent, weight, angles, eps, CHANNELS: tl.constexpr, ROPE: tl.constexpr):
-    """`norm_rotate` of x, and its tangent from that of x."""
-    x, tangent = x.to(tl.float32), tangent.to(tl.float32)
-    r = tl.rsqrt(tl.sum(x * x, 1) / CHANNELS + eps)[:, None]
-    mean = (tl.sum(x * tangent, 1) / CHANNELS)[:, None]
-    tangent = (tangent - x * (r * r * mean)) * r * weight
-    x *= r * weight
-    if ROPE:
-        x, tangent = rotate(x, angles, False), rotate(tangent, angles, False)
-    return x, tangent
-
-
-@triton.jit
-def qk_norm_rope_jvp(
-    packed, tangents, q_weight, k_weight, rope, q_out, k_out, v_out, dq_out, dk_out, dv_out, eps,
-    batch_stride, token_stride, part_stride, head_stride,
-    d_batch_stride, d_token_stride, d_part_stride, d_head_stride, q_step, k_step, count, tokens, heads, keys, first,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, UNIT: tl.constexpr,
-    QUERY: tl.constexpr, ROPE: tl.constexpr, MOVES: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """As `qk_norm_rope_forward`, and the results' tangents from those of the projection, which MOVES or has none."""
-    head_blocks = tl.cdiv(heads, BLOCK_H)
-    image, token, head, live = places(
-        tl.program_id(0) // head_blocks, tl.program_id(0) % head_blocks, count, tokens, heads, BLOCK_T, BLOCK_H
-    )  # fmt: skip
-    at_q = image * batch_stride + token * token_stride + head * head_stride
-    at_k = at_q + part_stride if QUERY else at_q
-    along_q = image * d_batch_stride + token * d_token_stride + head * d_head_stride
-    along_k = along_q + d_part_stride if QUERY else along_q
-    key = ((image * keys + first + token) * heads + head) * CHANNELS
-    angles = 0.0
-    if ROPE:
-        angles = load_heads(rope, token * CHANNELS, live, CHANNELS, WIDTH).to(tl.float32)
-    if QUERY:
-        q = load_heads(packed, at_q * UNIT, live, CHANNELS, WIDTH)
-        dq = load_heads(tangents, along_q * UNIT, live & MOVES, CHANNELS, WIDTH)
-        weight = load_weight(q_weight, q_step, CHANNELS, WIDTH)
-        q, dq = norm_rotate_jvp(q, dq, weight, angles, eps, CHANNELS, ROPE)
-        query = ((image * tokens + token) * heads + head) * CHANNELS
-        store_heads(q_out, query, live, q, CHANNELS, WIDTH, EMULATE)
-        store_heads(dq_out, query, live, dq, CHANNELS, WIDTH, EMULATE)
-    k = load_heads(packed, at_k * UNIT, live, CHANNELS, WIDTH)
-    dk = load_heads(tangents, along_k * UNIT, live & MOVES, CHANNELS, WIDTH)
-    k, dk = norm_rotate_jvp(
-        k, dk, load_weight(k_weight, k_step, CHANNELS, WIDTH), angles, eps, CHANNELS, ROPE
-    )
-    store_heads(k_out, key, live, k, CHANNELS, WIDTH, EMULATE)
-    store_heads(dk_out, key, live, dk, CHANNELS, WIDTH, EMULATE)
-    v = load_heads(packed, (at_k + part_stride) * UNIT, live, CHANNELS, WIDTH)
-    dv = load_heads(tangents, (along_k + d_part_stride) * UNIT, live & MOVES, CHANNELS, WIDTH)
-    store_heads(v_out, key, live, v, CHANNELS, WIDTH, EMULATE)
-    store_heads(dv_out, key, live, dv, CHANNELS, WIDTH, EMULATE)
