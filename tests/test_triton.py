@@ -38,7 +38,15 @@ AROUND = [
     "(every_gradient and batch and float16)",
     "(gradient_alone and save)",
     "(pixel_decoder_memory and radiance)",
-    "(pixel_decoder_golden and (three or all))",
+    "(pixel_decoder_golden and (three or all or tiny or conv))",
+    "(gradient_alone and (norm or linear_weight or hidden or image))",
+    "(pixel_decoder_memory and every_element and (t2i-bfloat16 or c2i-float32))",
+    "(test_sizes and 40000 and not float32)",
+    "(mlp_memory and 2x196x64x65 and bfloat16)",
+    "(mlp_memory and nan_stays and inf)",
+    "(golden_blocks and (tiny or conv))",
+    "(strided_inputs and fp32 and (padded or second))",
+    "(tangents and (beside or strides or another or not_fit))",
 ]
 
 
