@@ -90,7 +90,7 @@ def test_strided_inputs(backend, case):
         return view.copy_(tensor)
 
     tensors = {name: placed(name, tensor) for name, tensor in case.inputs().items()}
-    upstream = torch.randn(2, 1, 1, case.size[1]).expand(case.upstream().shape)
+    upstream = case.upstream()[:, :1, :1].expand(case.upstream().shape)
     dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
     exact = {name: tensor.double() for name, tensor in dense.items()}
     plain = functools.partial(plain_decoder, case)
