@@ -30,7 +30,7 @@ def check_tangents(
 
     for name, value, tangent in zip(names, values, tangents, strict=True):
         if tangent is not None and kind(tangent) != kind(value):
-            expected = "none, as it has no value" if value is None else describe(value)
+            expected = "None" if value is None else describe(value)
             raise ValueError(f"tangent of {name}: expected {expected}, got {describe(tangent)}")
 
 
