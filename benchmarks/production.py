@@ -158,7 +158,7 @@ def _modulated_norm(batch: int, tokens: int, size: int, dtype: torch.dtype) -> C
         residual.norm_backward(x, x, x, x, row, weight, True, row, 1e-6)
         norm.jvp(x, weight, row, row, x, row, row, 1e-6)
         residual.jvp(x, x, row, x, x, row)
-        residual.norm_jvp(x, x, row, weight, row, row, x, x, row, row, row, 1e-6)
+        residual.norm_jvp(x, x, row, weight, row, row, (x, x, row, row, row), 1e-6)
 
     return run
 

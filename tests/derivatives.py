@@ -1,6 +1,7 @@
 """Derivatives of every kind that PyTorch takes: an op's against those of its formula in plain PyTorch."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from tolerance import assert_within
@@ -31,17 +32,24 @@ def _total(function: Function, upstream: Sequence[Tensor]) -> Callable[..., Tens
     return lambda *tensors: sum((o * g).sum() for o, g in zip(function(*tensors), upstream, strict=True))
 
 
+def jvp_along(
+    function: Callable[[dict[str, Tensor]], Any], tensors: Mapping[str, Tensor], moving: Mapping[str, Tensor]
+) -> tuple[Any, Any]:
+    """torch.func.jvp of a function of tensors by name, those that do not move as constants."""
+    return torch.func.jvp(
+        lambda *values: function({**tensors, **dict(zip(moving, values, strict=True))}),
+        tuple(tensors[name] for name in moving),
+        tuple(moving.values()),
+    )
+
+
 def value_and_tangent(
     function: Callable[[dict[str, Tensor]], Tensor],
     tensors: Mapping[str, Tensor],
     moving: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """y and dy of a function of tensors by name, those that do not move as constants."""
-    y, dy = torch.func.jvp(
-        lambda *values: function({**tensors, **dict(zip(moving, values, strict=True))}),
-        tuple(tensors[name] for name in moving),
-        tuple(moving.values()),
-    )
+    """y and dy of `jvp_along`."""
+    y, dy = jvp_along(function, tensors, moving)
     return {"y": y, "dy": dy}
 
 

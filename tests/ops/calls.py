@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from derivatives import BY_KERNELS, KINDS, assert_derivatives
+from derivatives import BY_KERNELS, KINDS, assert_derivatives, jvp_along
 from fields import drawn
 from tolerance import assert_within
 from torch import Tensor
@@ -91,13 +91,7 @@ class Call:
         self, function: Callable[..., Any], tensors: Mapping[str, Tensor], along: Tensors
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Values and tangents; what does not move is a constant."""
-        return torch.func.jvp(
-            lambda *values: tuple(
-                self.outputs(function, {**tensors, **dict(zip(along, values, strict=True))}).values()
-            ),
-            tuple(tensors[name] for name in along),
-            tuple(along.values()),
-        )
+        return jvp_along(lambda named: tuple(self.outputs(function, named).values()), tensors, along)
 
     def tangents(self, function: Callable[..., Any], tensors: Tensors, along: Tensors) -> Tensors:
         """`jvp` by name: "out0", "tangent0" and so on."""
@@ -380,11 +374,9 @@ class Matrix:
         fixed = first.fixed()
 
         def step(tensors, along):
-            def results(*values):
-                moved = dict(zip(along, values, strict=True))
-                return tuple(by_name(first.op(**{**tensors, **moved, **fixed})).values())
-
-            return torch.func.jvp(results, tuple(tensors[name] for name in along), tuple(along.values()))
+            return jvp_along(
+                lambda named: tuple(by_name(first.op(**named, **fixed)).values()), tensors, along
+            )
 
         arguments = first.inputs(), first.along()
         found = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)

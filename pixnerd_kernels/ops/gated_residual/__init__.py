@@ -162,7 +162,7 @@ def _norm_jvp(x, y, gate, weight, shift, scale, *arguments):  # type: ignore[no-
     *tangents, eps, forced = arguments
     check_tangents(("x", "y", "gate", "shift", "scale"), (x, y, gate, shift, scale), tangents)
     with torch._C._DisableAutocast():
-        return _backend(x, forced).norm_jvp(x, y, gate, weight, shift, scale, *tangents, eps)
+        return _backend(x, forced).norm_jvp(x, y, gate, weight, shift, scale, tangents, eps)
 
 
 def _with_tangents(jvp, arguments, tangents):  # type: ignore[no-untyped-def]

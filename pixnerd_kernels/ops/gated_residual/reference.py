@@ -10,6 +10,8 @@ one rounding at the end. Source: the official PixNerd's DiT block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -103,15 +105,12 @@ def norm_jvp(
     weight: Tensor,
     shift: Tensor | None,
     scale: Tensor | None,
-    x_tangent: Tensor | None,
-    y_tangent: Tensor | None,
-    gate_tangent: Tensor | None,
-    shift_tangent: Tensor | None,
-    scale_tangent: Tensor | None,
+    tangents: Sequence[Tensor | None],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z, n and their tangents in x's dtype, contiguous; no tangent is a zero one."""
-    z, dz = _sum(x, y, gate), _sum_tangent(y, gate, x_tangent, y_tangent, gate_tangent)
+    """z, n and their tangents in x's dtype, contiguous, from those of x, y, gate, shift and scale (None: zero)."""
+    *of_sum, shift_tangent, scale_tangent = tangents
+    z, dz = _sum(x, y, gate), _sum_tangent(y, gate, *of_sum)
     shift, scale = (None if row is None else row.to(z.dtype) for row in (shift, scale))
     n, dn = norm.jvp(z, weight, shift, scale, dz, shift_tangent, scale_tangent, eps)
     dz = dz.to(x.dtype).clone(memory_format=torch.contiguous_format)

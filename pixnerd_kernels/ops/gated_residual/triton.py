@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from pixnerd_kernels.ops.modulated_rms_norm import triton as norm
@@ -39,15 +41,10 @@ def norm_jvp(
     weight: Tensor,
     shift: Tensor | None,
     scale: Tensor | None,
-    x_tangent: Tensor | None,
-    y_tangent: Tensor | None,
-    gate_tangent: Tensor | None,
-    shift_tangent: Tensor | None,
-    scale_tangent: Tensor | None,
+    tangents: Sequence[Tensor | None],
     eps: float,
 ) -> tuple[Tensor | None, ...]:
-    """z, n and their tangents in x's dtype, contiguous; no tangent is a zero one."""
-    tangents = (x_tangent, y_tangent, gate_tangent, shift_tangent, scale_tangent)
+    """z, n and their tangents in x's dtype, contiguous, from those of x, y, gate, shift and scale (None: zero)."""
     return norm.run_jvp(x, weight, shift, scale, eps, y, gate, tangents)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ def run_jvp(
     eps: float,
     y: Tensor | None,
     gate: Tensor | None,
-    tangents: tuple[Tensor | None, ...],
+    tangents: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
     """z = x + gate * y (None without y), its norm, and their tangents, from those of x, y, gate, shift and scale."""
     out, out_tangent = (fresh(torch.empty_like(x, memory_format=torch.contiguous_format)) for _ in range(2))

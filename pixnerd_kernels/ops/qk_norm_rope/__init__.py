@@ -24,6 +24,7 @@ from pixnerd_kernels.ops.library import (
     register_jvp,
     wanted,
 )
+from pixnerd_kernels.ops.qk_norm_rope.shapes import new_results
 
 _passed = Passed()
 
@@ -150,7 +151,7 @@ def _with_tangents(jvp, arguments, tangents):  # type: ignore[no-untyped-def]
 def _value_gradients(grads, needs, *arguments):  # type: ignore[no-untyped-def]
     inputs = (*arguments[:5], *arguments[7:])
     if any(grad is None for grad in grads):
-        results = _fake_forward(*inputs)
+        results = new_results(arguments[0], arguments[4])
         grads = [r.zero_() if grad is None else grad for grad, r in zip(grads, results, strict=True)]
     dx, *weights, d_text = gradients("qk_norm_rope_backward", _gradients, *grads, *inputs)
     return dx, *weights, None, d_text
@@ -161,9 +162,7 @@ def _empty(tensor: Tensor) -> Tensor:
 
 
 def _fake_forward(qkv, q_weight, k_weight, rope, text_kv, eps, forced):  # type: ignore[no-untyped-def]
-    batch, tokens, _, heads, channels = qkv.shape
-    keys = tokens if text_kv is None else tokens + text_kv.shape[1]
-    return tuple(qkv.new_empty(batch, length, heads, channels) for length in (tokens, keys, keys))
+    return tuple(new_results(qkv, text_kv))
 
 
 def _fake_backward(grad_q, grad_k, grad_v, qkv, q_weight, k_weight, rope, text_kv, eps, forced):  # type: ignore[no-untyped-def]
@@ -171,9 +170,8 @@ def _fake_backward(grad_q, grad_k, grad_v, qkv, q_weight, k_weight, rope, text_k
     return [_empty(qkv), _empty(q_weight), _empty(k_weight), d_text]
 
 
-def _fake_jvp(*arguments):  # type: ignore[no-untyped-def]
-    inputs = (*arguments[:5], *arguments[7:])
-    return (*_fake_forward(*inputs), *_fake_forward(*inputs))
+def _fake_jvp(qkv, q_weight, k_weight, rope, text_kv, *rest):  # type: ignore[no-untyped-def]
+    return (*new_results(qkv, text_kv), *new_results(qkv, text_kv))
 
 
 _INPUTS = "Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor? rope, Tensor? text_kv, float eps, str forced"

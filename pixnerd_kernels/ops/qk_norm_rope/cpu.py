@@ -11,6 +11,7 @@ from pixnerd_kernels.backends import native
 from pixnerd_kernels.checks import describe
 from pixnerd_kernels.ops.dtypes import compute_dtype
 from pixnerd_kernels.ops.native import DTYPES, dense_rows, fresh
+from pixnerd_kernels.ops.qk_norm_rope.shapes import new_results
 
 #: (address, batch stride, token stride, head stride) in elements; a zero address is an absent tensor.
 _Heads = tuple[int, int, int, int]
@@ -75,18 +76,11 @@ def _call(
     return call, (qkv, text_kv, q_weight, k_weight, rope)
 
 
-def _results(qkv: Tensor, text_kv: Tensor | None) -> list[Tensor]:
-    """q, k and v, to be written."""
-    batch, tokens, _, heads, channels = qkv.shape
-    keys = tokens + (0 if text_kv is None else text_kv.shape[1])
-    return [fresh(qkv.new_empty(batch, length, heads, channels)) for length in (tokens, keys, keys)]
-
-
 def forward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None, text_kv: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, L, heads, d], k and v [B, L + M, heads, d], contiguous."""
-    q, k, v = _results(qkv, text_kv)
+    q, k, v = map(fresh, new_results(qkv, text_kv))
     if k.numel():
         call, alive = _call(qkv, q_weight, k_weight, rope, text_kv, eps)
         native().qk_norm_rope_forward(call, _heads(q), _heads(k), _heads(v))
@@ -105,7 +99,7 @@ def jvp(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """q [B, L, heads, d], k and v [B, L + M, heads, d], and a tangent of each; no tangent is a zero one."""
-    values, tangents = _results(qkv, text_kv), _results(qkv, text_kv)
+    values, tangents = ([*map(fresh, new_results(qkv, text_kv))] for _ in range(2))
     if values[1].numel():
         call, alive = _call(qkv, q_weight, k_weight, rope, text_kv, eps)
         along, text_along = (None if t is None else dense_rows(t) for t in (qkv_tangent, text_kv_tangent))

@@ -19,6 +19,7 @@ from pixnerd_kernels.ops.gpu.launch import (
     target_of,
 )
 from pixnerd_kernels.ops.native import dense_rows
+from pixnerd_kernels.ops.qk_norm_rope.shapes import new_results
 from pixnerd_kernels.ops.qk_norm_rope.triton import kernels
 
 #: Numbers of a tile, forward and backward, at four warps; in the interpreter a program costs what its entries do not.
@@ -89,19 +90,12 @@ def _strides(packed: Tensor, prefix: str = "") -> dict[str, int]:
     return {f"{prefix}{name}_stride": stride for name, stride in named}
 
 
-def _results(qkv: Tensor, text_kv: Tensor | None) -> list[Tensor]:
-    """q, k and v, to be written."""
-    batch, tokens, _, heads, channels = qkv.shape
-    keys = tokens + (0 if text_kv is None else text_kv.shape[1])
-    return [qkv.new_empty((batch, length, heads, channels)) for length in (tokens, keys, keys)]
-
-
 def forward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None, text_kv: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, L, heads, d], k and v [B, L + M, heads, d], contiguous."""
     _check(qkv, q_weight, k_weight, rope, text_kv)
-    q_out, k_out, v_out = _results(qkv, text_kv)
+    q_out, k_out, v_out = new_results(qkv, text_kv)
     batch, tokens, _, heads, channels = qkv.shape
     keys = k_out.shape[1]
     rope = None if rope is None else rope.contiguous()
@@ -135,7 +129,7 @@ def jvp(
 ) -> tuple[Tensor, ...]:
     """q [B, L, heads, d], k and v [B, L + M, heads, d], and a tangent of each; no tangent is a zero one."""
     _check(qkv, q_weight, k_weight, rope, text_kv)
-    values, tangents = _results(qkv, text_kv), _results(qkv, text_kv)
+    values, tangents = new_results(qkv, text_kv), new_results(qkv, text_kv)
     batch, tokens, _, heads, channels = qkv.shape
     rope = None if rope is None else rope.contiguous()
     for packed, along, first in ((qkv, qkv_tangent, 0), (text_kv, text_kv_tangent, tokens)):
